@@ -1,0 +1,142 @@
+"""The operators in plain PyTorch: readable, any device, any dtype; the oracle for every other backend.
+
+Products, softmax and sums run in float32 for float16 and bfloat16 inputs, in the input's own dtype otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function` with autocast off: its dtypes are chosen, and autocast would lower the float32 products again."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device_type = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device_type):
+            return function(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _accurate(*tensors: Tensor) -> list[Tensor]:
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def _laid_out_like(result: Tensor, like: Tensor) -> Tensor:
+    """`result` with the dtype and the order of strides of `like`, which has the same shape."""
+    target = torch.empty_like(like)
+    if result.dtype == target.dtype and result.stride() == target.stride():
+        return result
+    return target.copy_(result)
+
+
+@_without_autocast
+def bidirectional_attention(
+    q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, map_out, column_lse), where column_lse (B, H, l) is the log of the sum over n of exp(S)."""
+    q_, v_, map_q_, map_v_ = _accurate(q, v, map_q, map_v)
+    scores = scale * (q_ @ map_q_.mT)  # (B, H, n, l)
+    out = scores.softmax(-1) @ map_v_
+    maximum = scores.amax(-2, keepdim=True)  # (B, H, 1, l)
+    exponentials = (scores - maximum).exp()
+    total = exponentials.sum(-2, keepdim=True)
+    map_out = (exponentials / total).mT @ v_
+    column_lse = (maximum + total.log()).squeeze(-2)
+    return _laid_out_like(out, q), _laid_out_like(map_out, map_q), column_lse
+
+
+@_without_autocast
+def bidirectional_attention_backward(
+    grad_out: Tensor,
+    grad_map_out: Tensor,
+    q: Tensor,
+    v: Tensor,
+    map_q: Tensor,
+    map_v: Tensor,
+    map_out: Tensor,
+    column_lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, v, map_q and map_v, from the scores computed again."""
+    q_, v_, map_q_, map_v_ = _accurate(q, v, map_q, map_v)
+    grad_out_, grad_map_out_, map_out_ = _accurate(grad_out, grad_map_out, map_out)
+    scores = scale * (q_ @ map_q_.mT)  # (B, H, n, l)
+    rows = scores.softmax(-1)
+    columns = (scores - column_lse.unsqueeze(-2)).exp()
+    grad_map_v = rows.mT @ grad_out_
+    grad_v = columns @ grad_map_out_
+    # Softmax backward: P * (dP - sum(P * dP)). For the columns that sum is <grad_map_out, map_out>, of size l.
+    grad_rows = grad_out_ @ map_v_.mT
+    grad_columns = v_ @ grad_map_out_.mT
+    row_sum = (rows * grad_rows).sum(-1, keepdim=True)
+    column_sum = (grad_map_out_ * map_out_).sum(-1).unsqueeze(-2)
+    grad_scores = scale * (rows * (grad_rows - row_sum) + columns * (grad_columns - column_sum))
+    return (
+        _laid_out_like(grad_scores @ map_q_, q),
+        _laid_out_like(grad_v, v),
+        _laid_out_like(grad_scores.mT @ q_, map_q),
+        _laid_out_like(grad_map_v, map_v),
+    )
+
+
+@_without_autocast
+def token_attention(q: Tensor, map_q: Tensor, map_v: Tensor, scale: float) -> Tensor:
+    """softmax(S, over l) @ map_v: the half of bidirectional attention that updates the token map."""
+    q_, map_q_, map_v_ = _accurate(q, map_q, map_v)
+    return _laid_out_like((scale * (q_ @ map_q_.mT)).softmax(-1) @ map_v_, q)
+
+
+@_without_autocast
+def token_attention_backward(
+    grad_out: Tensor, q: Tensor, map_q: Tensor, map_v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, map_q and map_v, from the scores computed again."""
+    grad_out_, q_, map_q_, map_v_ = _accurate(grad_out, q, map_q, map_v)
+    rows = (scale * (q_ @ map_q_.mT)).softmax(-1)  # (B, H, n, l)
+    grad_rows = grad_out_ @ map_v_.mT
+    grad_scores = scale * rows * (grad_rows - (rows * grad_rows).sum(-1, keepdim=True))
+    return (
+        _laid_out_like(grad_scores @ map_q_, q),
+        _laid_out_like(grad_scores.mT @ q_, map_q),
+        _laid_out_like(rows.mT @ grad_out_, map_v),
+    )
+
+
+@_without_autocast
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    convolution = F.conv2d if x.ndim == 4 else F.conv3d
+    padding = tuple(k // 2 for k in weight.shape[2:])
+    return _laid_out_like(convolution(x, weight, bias, padding=padding, groups=x.shape[1]), x)
+
+
+@_without_autocast
+def depthwise_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    axes = x.ndim - 2
+    _, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_out,
+        x,
+        weight,
+        bias_sizes=None,
+        stride=[1] * axes,
+        padding=[k // 2 for k in weight.shape[2:]],
+        dilation=[1] * axes,
+        transposed=False,
+        output_padding=[0] * axes,
+        groups=x.shape[1],
+        output_mask=[False, True, False],
+    )
+    return _laid_out_like(grad_weight, weight)
