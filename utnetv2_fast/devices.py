@@ -42,8 +42,9 @@ def resolve_device(name: str) -> torch.device:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype to run `torch.autocast` in on `device`, or None where float32 is the better choice.
 
-    bfloat16 where the hardware multiplies it natively: GPUs from compute capability 8.0, and CPUs with AVX512_BF16 (every
-    CPU with AMX has it too), where convolutions and matrix products run up to five times as fast as in float32. Never float16: its range would ask for a gradient scaler.
+    bfloat16 where the hardware multiplies it natively: GPUs from compute capability 8.0, and CPUs with AVX512_BF16
+    (every CPU with AMX has it too), where convolutions and matrix products run up to five times as fast as in float32.
+    Never float16: its range would ask for a gradient scaler.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
