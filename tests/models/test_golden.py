@@ -1,0 +1,122 @@
+"""The authors' weights give the authors' numbers: logits, auxiliary logits and every gradient, on every backend here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utnetv2_fast.models import UTNetV2, UTNetV2Config
+from utnetv2_fast.models.medformer_weights import convert_medformer_state_dict
+
+GOLDEN = Path(os.environ.get("UTNETV2_FAST_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the authors' golden vectors are not beside the checkout")
+
+COMMON = {"blocks": (2, 2, 2), "fusion_channels": 64, "fusion_heads": 4}
+CONFIGS = {
+    2: UTNetV2Config(
+        **COMMON,
+        dimensions=2,
+        in_channels=2,
+        num_classes=4,
+        channels=(8, 16, 32, 64, 128),
+        scales=((2, 2),) * 4,
+        kernel_sizes=((3, 3),) * 5,
+        heads=(4, 8, 16),
+        map_size=(3, 3),
+        expansion=2,
+        norm="batch",
+        reduce_skip=True,
+    ),
+    3: UTNetV2Config(
+        **COMMON,
+        dimensions=3,
+        in_channels=1,
+        num_classes=3,
+        channels=(8, 16, 32, 64, 80),
+        scales=((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)),
+        kernel_sizes=((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+        heads=(4, 4, 4),
+        map_size=(1, 3, 3),
+        expansion=4,
+        norm="instance",
+        reduce_skip=False,
+    ),
+}
+
+
+def load(dimensions: int, dtype: torch.dtype) -> tuple[UTNetV2, dict[str, np.ndarray], dict[str, torch.Tensor]]:
+    vectors = dict(np.load(GOLDEN / f"medformer_{dimensions}d.npz"))
+    state = {k.removeprefix("state/"): torch.from_numpy(v) for k, v in vectors.items() if k.startswith("state/")}
+    model = UTNetV2(CONFIGS[dimensions])
+    model.load_medformer_state_dict(state)
+    return model.to(dtype).eval(), vectors, state
+
+
+def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
+    reference = torch.from_numpy(expected)
+    return ((actual.double() - reference).norm() / reference.norm()).item()
+
+
+def with_auxiliary(model: UTNetV2, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both outputs as the authors' network gives them in eval mode too: only the top module is set to training."""
+    model.training = True
+    outputs = model(x)
+    assert isinstance(outputs, tuple)
+    return outputs
+
+
+TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_eval_outputs_and_gradients(dimensions: int, dtype: torch.dtype, tolerance: float) -> None:
+    model, vectors, state = load(dimensions, dtype)
+    x = torch.from_numpy(vectors["input"]).to(dtype).requires_grad_()
+    logits, auxiliary = with_auxiliary(model, x)
+    assert relative_error(logits, vectors["eval/logits"]) < tolerance
+    assert relative_error(auxiliary, vectors["eval/aux"]) < tolerance
+
+    c1, c2 = (torch.from_numpy(vectors[f"cotangent/{name}"]).to(dtype) for name in ("logits", "aux"))
+    ((logits * c1).sum() + (auxiliary * c2).sum()).backward()
+    assert x.grad is not None
+    assert relative_error(x.grad, vectors["eval/grad_input"]) < tolerance
+
+    # Converting tensors that hold their own flat positions tells where each of our entries lies in the authors' layout.
+    positions = convert_medformer_state_dict(
+        {name: torch.arange(t.numel()).view(t.shape) for name, t in state.items()}, model.config
+    )
+    norms = dict(zip(vectors["eval/param_names"], vectors["eval/param_grad_norms"], strict=True))
+    heads = dict(zip(vectors["eval/param_names"], vectors["eval/param_grad_heads"], strict=True))
+    ours = dict(model.named_parameters())
+    # Gradients that vanish in theory (a bias in front of an instance norm) are rounding noise of the larger ones.
+    noise = 1e-3 * tolerance * max(norms.values())
+    compared = 0
+    for theirs in norms:
+        converted = convert_medformer_state_dict({theirs: state[theirs]}, model.config)
+        if not converted:
+            assert norms[theirs] == 0, f"{theirs} gets a gradient in the authors' network and was dropped"
+            continue
+        (name,) = converted
+        grad = ours[name].grad
+        assert grad is not None, name
+        flat = torch.empty(grad.numel(), dtype=torch.float64)
+        flat[positions[name].flatten()] = grad.double().flatten()
+        assert flat.norm().item() == pytest.approx(norms[theirs], rel=tolerance, abs=noise), name
+        head, allowed = heads[theirs][: flat.numel()], tolerance * norms[theirs] + noise
+        np.testing.assert_allclose(flat[:8], head, rtol=0, atol=allowed, err_msg=name)
+        compared += 1
+    assert compared == len(ours)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_train_mode_logits(dimensions: int, dtype: torch.dtype, tolerance: float) -> None:
+    model, vectors, _ = load(dimensions, dtype)
+    outputs = model.train()(torch.from_numpy(vectors["input"]).to(dtype))
+    assert isinstance(outputs, tuple)
+    assert relative_error(outputs[0], vectors["train/logits"]) < tolerance

@@ -1,0 +1,66 @@
+"""What defines a UTNetV2, checked when it is built, written into every run folder."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+LEVELS = 5  # resolutions of the U: full size, then four down-samplings
+
+
+class UTNetV2Config(BaseModel):
+    """Level 0 is full resolution, level i follows the i-th down-sampling; B-MHA works at levels 2, 3 and 4.
+
+    The decoder mirrors the encoder. Unknown fields are refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dimensions: Literal[2, 3]
+    in_channels: PositiveInt
+    num_classes: int = Field(ge=2, description="background included")
+    channels: tuple[PositiveInt, ...] = Field(description="of levels 0 to 4")
+    scales: tuple[tuple[Literal[1, 2], ...], ...] = Field(description="of the four down-samplings, per axis")
+    kernel_sizes: tuple[tuple[PositiveInt, ...], ...] = Field(description="of levels 0 to 4, per axis, odd")
+    blocks: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="N1, N2, N3: B-MHA blocks of levels 2, 3, 4")
+    heads: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="attention heads of levels 2, 3, 4")
+    map_size: tuple[PositiveInt, ...] = Field(description="size of the semantic map; its product is l")
+    expansion: PositiveInt = Field(description="widening of the MBConv feed-forward network")
+    norm: Literal["batch", "instance"]
+    fusion_channels: PositiveInt
+    fusion_heads: PositiveInt
+    fusion_blocks: PositiveInt = 2
+    reduce_skip: bool = Field(description="normalise and reduce each skip concatenation (the 2D networks do)")
+    deep_supervision: bool = True
+    impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
+
+    @property
+    def map_tokens(self) -> int:
+        """l, the number of semantic tokens of a level."""
+        return math.prod(self.map_size)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """By how much each axis shrinks from level 0 to level 4."""
+        return tuple(math.prod(axis) for axis in zip(*self.scales, strict=True))
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> UTNetV2Config:
+        per_axis = {"scales": (self.scales, LEVELS - 1), "kernel_sizes": (self.kernel_sizes, LEVELS)}
+        for name, (rows, count) in per_axis.items():
+            if len(rows) != count or any(len(row) != self.dimensions for row in rows):
+                raise ValueError(f"{name} must be {count} tuples of {self.dimensions} numbers, got {rows}")
+        if any(k % 2 == 0 for row in self.kernel_sizes for k in row):
+            raise ValueError(f"kernel_sizes must be odd, got {self.kernel_sizes}")
+        if len(self.channels) != LEVELS:
+            raise ValueError(f"channels must be {LEVELS} numbers, got {self.channels}")
+        if len(self.map_size) != self.dimensions:
+            raise ValueError(f"map_size must be {self.dimensions} numbers, got {self.map_size}")
+        for channels, heads in zip(self.channels[2:], self.heads, strict=True):
+            if channels % heads:
+                raise ValueError(f"channels {self.channels[2:]} of levels 2 to 4 must divide by heads {self.heads}")
+        if self.fusion_channels % self.fusion_heads:
+            raise ValueError(f"fusion_channels {self.fusion_channels} must divide by fusion_heads {self.fusion_heads}")
+        return self

@@ -1,0 +1,76 @@
+"""The networks of the paper, their `-medformer` twins as the authors published them, and two small ones for any machine.
+
+A preset holds everything but the channels of the input and the classes, and the input size it was made for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from utnetv2_fast.errors import InputError
+
+
+class Preset(NamedTuple):
+    input_size: tuple[int, ...]
+    fields: dict[str, Any]  # of UTNetV2Config, less in_channels and num_classes
+
+
+def _planar(size: int, **fields: Any) -> Preset:
+    defaults = {
+        "dimensions": 2,
+        "channels": (32, 64, 128, 256, 512),
+        "scales": ((2, 2),) * 4,
+        "kernel_sizes": ((3, 3),) * 5,
+        "blocks": (2, 2, 2),
+        "heads": (4, 8, 16),
+        "expansion": 2,
+        "norm": "batch",
+        "fusion_channels": 512,
+        "fusion_heads": 16,
+        "reduce_skip": True,
+    }
+    return Preset((size, size), defaults | fields)
+
+
+def _volumetric(input_size: tuple[int, int, int], **fields: Any) -> Preset:
+    defaults = {
+        "dimensions": 3,
+        "channels": (32, 64, 128, 256, 320),
+        "expansion": 4,
+        "norm": "instance",
+        "reduce_skip": False,
+    }
+    return Preset(input_size, defaults | fields)
+
+
+# Thick slices: the first two levels neither shrink nor convolve across slices.
+_THICK = {
+    "scales": ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)),
+    "kernel_sizes": ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+}
+_ISOTROPIC = {"scales": ((2, 2, 2),) * 4, "kernel_sizes": ((3, 3, 3),) * 5}
+_ACDC_3D = {**_THICK, "blocks": (2, 2, 2), "heads": (4, 4, 4), "fusion_channels": 256, "fusion_heads": 4}
+_BCV = {**_THICK, "blocks": (2, 4, 6), "heads": (4, 8, 10), "fusion_channels": 320, "fusion_heads": 10}
+_LITS = {**_ISOTROPIC, "blocks": (2, 4, 6), "heads": (1, 1, 1), "fusion_channels": 320, "fusion_heads": 10}
+_TINY = {"blocks": (1, 1, 1), "heads": (2, 4, 4), "expansion": 2, "fusion_channels": 64, "fusion_heads": 4}
+
+PRESETS: dict[str, Preset] = {
+    "acdc-2d": _planar(256, map_size=(3, 3)),
+    "acdc-2d-medformer": _planar(256, map_size=(3, 3)),
+    "acdc-3d": _volumetric((16, 192, 192), **_ACDC_3D, map_size=(3, 3, 3)),
+    "acdc-3d-medformer": _volumetric((16, 192, 192), **_ACDC_3D, map_size=(2, 6, 6)),
+    "bcv-3d": _volumetric((32, 128, 128), **_BCV, map_size=(4, 4, 4)),
+    "bcv-3d-medformer": _volumetric((32, 128, 128), **_BCV, map_size=(3, 3, 3)),
+    "lits-3d": _volumetric((128, 128, 128), **_LITS, map_size=(4, 4, 4)),
+    "lits-3d-medformer": _volumetric((128, 128, 128), **_LITS, map_size=(4, 4, 4), deep_supervision=False),
+    "cardiac-2d": _planar(256, map_size=(4, 4)),
+    "tiny-2d": _planar(128, **_TINY, channels=(16, 32, 64, 96, 128), map_size=(3, 3)),
+    "tiny-3d": _volumetric((48, 48, 48), **_ISOTROPIC, **_TINY | {"channels": (16, 32, 64, 96, 128)}, map_size=(3, 3, 3)),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called `name`; InputError naming those there are."""
+    if name not in PRESETS:
+        raise InputError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]

@@ -1,0 +1,131 @@
+"""UTNetV2: a convolutional stem and decoder around an encoder and decoder of B-MHA blocks (paper Fig. 1A)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utnetv2_fast.models.config import UTNetV2Config
+from utnetv2_fast.models.medformer_weights import convert_medformer_state_dict
+from utnetv2_fast.models.presets import get_preset
+from utnetv2_fast.nn.convolution import make_conv
+from utnetv2_fast.nn.semantic_map import SemanticMapFusion
+from utnetv2_fast.nn.stages import (
+    AttentionDownStage,
+    AttentionUpStage,
+    ConvDownStage,
+    ConvUpStage,
+    Stem,
+    resize_like,
+)
+
+
+class UTNetV2(nn.Module):
+    """Segments images (B, C, H, W) or volumes (B, C, D, H, W) of any size into logits (B, classes, *spatial).
+
+    In training mode with `config.deep_supervision` the result is `(logits, auxiliary_logits)`, the latter from the last
+    decoder B-MHA block, resized to the input.
+    """
+
+    def __init__(self, config: UTNetV2Config) -> None:
+        super().__init__()
+        self.config = config
+        c, k, s, norm, impl = config.channels, config.kernel_sizes, config.scales, config.norm, config.impl
+        self.stem = Stem(config.in_channels, c[0], k[0], norm)
+        self.conv_down = ConvDownStage(c[0], c[1], s[0], k[1], norm, impl=impl)
+        self.down = nn.ModuleList(
+            AttentionDownStage(
+                c[level - 1],
+                c[level],
+                s[level - 1],
+                k[level],
+                norm,
+                blocks=config.blocks[level - 2],
+                heads=config.heads[level - 2],
+                map_tokens=config.map_tokens,
+                expansion=config.expansion,
+                impl=impl,
+            )
+            for level in (2, 3, 4)
+        )
+        self.map_fusion = SemanticMapFusion(c[2:], config.fusion_channels, config.fusion_heads, config.fusion_blocks)
+        self.up = nn.ModuleList(
+            AttentionUpStage(
+                c[level + 1],
+                c[level],
+                k[level],
+                norm,
+                blocks=config.blocks[level - 2],
+                heads=config.heads[level - 2],
+                expansion=config.expansion,
+                reduce_skip=config.reduce_skip,
+                last_updates_map=level > 2,  # the last one's map would go nowhere
+                impl=impl,
+            )
+            for level in (3, 2)
+        )
+        self.conv_up = nn.ModuleList(
+            ConvUpStage(c[level + 1], c[level], k[level], norm, reduce_skip=config.reduce_skip) for level in (1, 0)
+        )
+        ones = (1,) * config.dimensions
+        self.head = make_conv(c[0], config.num_classes, ones, bias=True)
+        self.auxiliary_head = make_conv(c[2], config.num_classes, ones, bias=True) if config.deep_supervision else None
+
+    @classmethod
+    def from_preset(cls, name: str, *, in_channels: int, num_classes: int, **changes: Any) -> UTNetV2:
+        """Build the preset `name` with any field of `UTNetV2Config` changed by keyword."""
+        fields = get_preset(name).fields | {"in_channels": in_channels, "num_classes": num_classes} | changes
+        return cls(UTNetV2Config(**fields))
+
+    def load_medformer_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take the weights of the authors' MedFormer; ValueError naming what does not fit.
+
+        Their parameters that never receive a gradient (the map output of the last B-MHA block and two map reductions
+        of the 2D network) have no place here and are left out.
+        """
+        self.load_state_dict(convert_medformer_state_dict(state_dict, self.config))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if x.ndim != self.config.dimensions + 2 or x.shape[1] != self.config.in_channels:
+            axes = ("H", "W") if self.config.dimensions == 2 else ("D", "H", "W")
+            raise ValueError(
+                f"x must be (B, {self.config.in_channels}, {', '.join(axes)}), got {tuple(x.shape)}: "
+                "the network was built for these channels and dimensions"
+            )
+        size = x.shape[2:]
+        x = F.pad(x, padding_to_stride(tuple(size), self.config.stride))
+        crop = (..., *(slice(n) for n in size))
+        logits, auxiliary = self._forward_padded(x)
+        if self.auxiliary_head is not None and self.training:
+            return logits[crop], resize_like(self.auxiliary_head(auxiliary), x)[crop]
+        return logits[crop]
+
+    def _forward_padded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the token map of level 2 that the auxiliary head reads."""
+        skip0 = self.stem(x)
+        skip1 = self.conv_down(skip0)
+        x, skips, maps = skip1, [], []
+        for stage in self.down:
+            x, semantic_map = stage(x)
+            skips.append(x)
+            maps.append(semantic_map)
+        map2, map3, semantic_map = self.map_fusion(maps)
+        x, semantic_map = self.up[0](x, skips[1], semantic_map, map3)
+        auxiliary, _ = self.up[1](x, skips[0], semantic_map, map2)
+        x = self.conv_up[0](auxiliary, skip1)
+        x = self.conv_up[1](x, skip0)
+        return self.head(x), auxiliary
+
+
+def padding_to_stride(size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
+    """What `F.pad` must add behind each axis so that it divides by its stride and level 4 has more than one position.
+
+    A single position has no variance for the norms of the lowest level to divide by.
+    """
+    padded = [-(-n // s) * s for n, s in zip(size, stride, strict=True)]
+    if all(n == s for n, s in zip(padded, stride, strict=True)):
+        padded[-1] += stride[-1]
+    return [amount for n, p in reversed(list(zip(size, padded, strict=True))) for amount in (0, p - n)]

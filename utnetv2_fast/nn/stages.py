@@ -1,0 +1,198 @@
+"""The stages of the U: stem, patch merging, and the convolutional and attentive blocks of encoder and decoder."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utnetv2_fast.nn.bidirectional_attention import BidirectionalAttentionBlock
+from utnetv2_fast.nn.convolution import DepthwiseSeparableConv, Impl, Norm, ResidualBlock, make_conv, make_norm
+from utnetv2_fast.nn.semantic_map import SemanticMapGeneration
+
+
+def resize_like(x: Tensor, reference: Tensor) -> Tensor:
+    """Bi- or trilinear interpolation, corners aligned, of x (B, C, *spatial) to the spatial size of `reference`."""
+    mode = {4: "bilinear", 5: "trilinear"}[x.ndim]
+    return F.interpolate(x, size=reference.shape[2:], mode=mode, align_corners=True)
+
+
+class Stem(nn.Module):
+    """A convolution and a residual block at full resolution."""
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: tuple[int, ...], norm: Norm) -> None:
+        super().__init__()
+        self.conv = make_conv(in_channels, channels, kernel_size)
+        self.block = ResidualBlock(channels, channels, kernel_size, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.conv(x))
+
+
+class PatchMerging(nn.Module):
+    """Halves the axes whose scale is 2: neighbours become channels, then norm and depthwise-separable projection.
+
+    (B, C_in, *spatial) -> (B, C_out, *(size / scale)). The order of the merged channels is the authors': in 2D the row
+    offset changes fastest, in 3D the column offset does.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        scale: tuple[int, ...],
+        kernel_size: tuple[int, ...],
+        norm: Norm,
+        *,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        if len(scale) == 2:
+            self.offsets = [(i, j) for j, i in itertools.product(range(scale[1]), range(scale[0]))]
+        else:
+            self.offsets = list(itertools.product(*map(range, scale)))
+        merged = in_channels * len(self.offsets)
+        self.norm = make_norm(norm, merged, len(scale))
+        self.reduce = DepthwiseSeparableConv(merged, out_channels, kernel_size, impl=impl)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def neighbour(offset: tuple[int, ...]) -> Tensor:
+            return x[(..., *(slice(o, None, s) for o, s in zip(offset, self.scale, strict=True)))]
+
+        return self.reduce(self.norm(torch.cat([neighbour(offset) for offset in self.offsets], dim=1)))
+
+
+class ConvDownStage(nn.Sequential):
+    """Patch merging, then two residual blocks."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        scale: tuple[int, ...],
+        kernel_size: tuple[int, ...],
+        norm: Norm,
+        *,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        self.patch_merging = PatchMerging(in_channels, channels, scale, kernel_size, norm, impl=impl)
+        self.blocks = nn.Sequential(*(ResidualBlock(channels, channels, kernel_size, norm) for _ in range(2)))
+
+
+class AttentionDownStage(nn.Module):
+    """Patch merging, generation of the semantic map, B-MHA blocks: x -> (token map, semantic map)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        scale: tuple[int, ...],
+        kernel_size: tuple[int, ...],
+        norm: Norm,
+        *,
+        blocks: int,
+        heads: int,
+        map_tokens: int,
+        expansion: int,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        self.patch_merging = PatchMerging(in_channels, channels, scale, kernel_size, norm, impl=impl)
+        self.map_generation = SemanticMapGeneration(channels, map_tokens, kernel_size)
+        self.blocks = nn.ModuleList(
+            BidirectionalAttentionBlock(channels, channels, heads, kernel_size, expansion, norm, impl=impl)
+            for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.patch_merging(x)
+        semantic_map = self.map_generation(x)
+        for block in self.blocks:
+            x, semantic_map = block(x, semantic_map)
+        return x, semantic_map
+
+
+class SkipConnection(nn.Module):
+    """Resizes the coarse token map to the skipped one and concatenates them: -> (B, `out_channels`, *spatial of skip).
+
+    The authors' 2D network normalises the result and reduces it to the stage's channels; their 3D network leaves that
+    to the first block of the stage.
+    """
+
+    def __init__(
+        self, in_channels: int, skip_channels: int, channels: int, dimensions: int, norm: Norm, *, reduce: bool
+    ) -> None:
+        super().__init__()
+        concatenated = in_channels + skip_channels
+        self.norm = make_norm(norm, concatenated, dimensions) if reduce else nn.Identity()
+        self.reduce = make_conv(concatenated, channels, (1,) * dimensions) if reduce else nn.Identity()
+        self.out_channels = channels if reduce else concatenated
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.reduce(self.norm(torch.cat([resize_like(x, skip), skip], dim=1)))
+
+
+class AttentionUpStage(nn.Module):
+    """Skip connection for both maps, then B-MHA blocks: x, skip, map, skipped map -> (token map, semantic map or None)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: tuple[int, ...],
+        norm: Norm,
+        *,
+        blocks: int,
+        heads: int,
+        expansion: int,
+        reduce_skip: bool,
+        last_updates_map: bool,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        dimensions = len(kernel_size)
+        self.skip = SkipConnection(in_channels, channels, channels, dimensions, norm, reduce=reduce_skip)
+        self.map_reduce = make_conv(in_channels + channels, channels, (1,))
+        self.blocks = nn.ModuleList(
+            BidirectionalAttentionBlock(
+                self.skip.out_channels if i == 0 else channels,
+                channels,
+                heads,
+                kernel_size,
+                expansion,
+                norm,
+                update_map=last_updates_map or i < blocks - 1,
+                impl=impl,
+            )
+            for i in range(blocks)
+        )
+
+    def forward(
+        self, x: Tensor, skip: Tensor, semantic_map: Tensor, skip_map: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        x = self.skip(x, skip)
+        semantic_map = self.map_reduce(torch.cat([semantic_map, skip_map], dim=1))
+        for block in self.blocks:
+            x, semantic_map = block(x, semantic_map)
+        return x, semantic_map
+
+
+class ConvUpStage(nn.Module):
+    """Skip connection, then two residual blocks."""
+
+    def __init__(
+        self, in_channels: int, channels: int, kernel_size: tuple[int, ...], norm: Norm, *, reduce_skip: bool
+    ) -> None:
+        super().__init__()
+        self.skip = SkipConnection(in_channels, channels, channels, len(kernel_size), norm, reduce=reduce_skip)
+        self.blocks = nn.Sequential(
+            ResidualBlock(self.skip.out_channels, channels, kernel_size, norm),
+            ResidualBlock(channels, channels, kernel_size, norm),
+        )
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.blocks(self.skip(x, skip))
