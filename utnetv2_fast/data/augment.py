@@ -1,0 +1,378 @@
+"""Augmentation of a whole batch on the device it lies on; image and label are resampled once, at patch size only."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Slices are thick when their spacing exceeds this multiple of the in-plane spacing (nnU-Net's anisotropy threshold).
+THICK_SLICES = 3.0
+# A slice longer than this multiple of its width keeps its pose to within these degrees (nnU-Net's rule for 2D patches).
+ELONGATED, ELONGATED_DEGREES = 1.5, 15.0
+
+
+class Effect(BaseModel):
+    """How often an effect strikes a sample, and the range its strength comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    probability: float = Field(ge=0, le=1)
+    low: float
+    high: float
+    channel_probability: float = Field(default=1.0, ge=0, le=1)  # of each channel of a sample that is struck
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Effect:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} exceeds high {self.high}")
+        return self
+
+
+NEVER = Effect(probability=0, low=1, high=1)
+
+
+class AugmentationProfile(BaseModel):
+    """What happens to a training sample, in this order. Intensities are in standard deviations (scans are z-scored)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rotation: Effect = NEVER  # degrees about each axis of a volume
+    rotation_in_plane: Effect = NEVER  # degrees; takes the place of `rotation` in 2D and where slices are thick
+    scaling: Effect = NEVER  # the patch shows this many times its own extent: above 1 things look smaller
+    mirror_axes: (
+        tuple[int, ...] | None
+    ) = ()  # of the patch; None: every axis. A label that says left or right forbids its axis.
+    mirror_probability: float = Field(default=0.5, ge=0, le=1)  # of each of them
+    noise: Effect = NEVER  # standard deviation of additive Gaussian noise
+    blur: Effect = NEVER  # sigma of a Gaussian in voxels, of each axis by itself
+    shift: Effect = NEVER  # added to all intensities
+    brightness: Effect = NEVER  # factor on all intensities; this and the three below fall below 1 as often as above
+    contrast: Effect = NEVER  # factor on the distance from the mean; the range of intensities is kept
+    low_resolution: Effect = NEVER  # remaining fraction of the voxels along each axis
+    inverted_gamma: Effect = NEVER  # exponent, applied to the negative; mean and standard deviation are kept
+    gamma: Effect = NEVER  # exponent; mean and standard deviation are kept
+
+
+_NNUNET = AugmentationProfile(
+    rotation=Effect(probability=0.2, low=-30, high=30),
+    rotation_in_plane=Effect(probability=0.2, low=-180, high=180),
+    scaling=Effect(probability=0.2, low=0.7, high=1.4),
+    mirror_axes=None,
+    # nnU-Net calls the range of its noise a variance, but uses it as a standard deviation.
+    noise=Effect(probability=0.1, low=0, high=0.1),
+    blur=Effect(probability=0.2, low=0.5, high=1, channel_probability=0.5),
+    brightness=Effect(probability=0.15, low=0.75, high=1.25),
+    contrast=Effect(probability=0.15, low=0.75, high=1.25),
+    low_resolution=Effect(probability=0.25, low=0.5, high=1, channel_probability=0.5),
+    inverted_gamma=Effect(probability=0.1, low=0.7, high=1.5),
+    gamma=Effect(probability=0.3, low=0.7, high=1.5),
+)
+
+# "paper": the paper's list (rotation, scaling, brightness shift, contrast, noise; the random crop is the sampler's). It
+# gives no numbers: probabilities and ranges are those of the authors' code for BCV. "nnunet": nnU-Net v2's defaults.
+PROFILES: Mapping[str, AugmentationProfile] = MappingProxyType(
+    {
+        "none": AugmentationProfile(),
+        "paper": AugmentationProfile(
+            rotation=Effect(probability=0.5, low=-30, high=30),
+            rotation_in_plane=Effect(probability=0.5, low=-180, high=180),
+            scaling=Effect(probability=0.5, low=0.7, high=1 / 0.7),
+            noise=Effect(probability=0.2, low=0, high=0.1),
+            shift=Effect(probability=0.2, low=-0.2, high=0.2),
+            contrast=Effect(probability=0.2, low=0.7, high=1.3),
+        ),
+        "nnunet": _NNUNET,
+        "nnunet-no-mirroring": _NNUNET.model_copy(update={"mirror_axes": ()}),
+    }
+)
+
+
+def source_size(patch_size: Sequence[int], profile: AugmentationProfile, spacing: Sequence[float]) -> tuple[int, ...]:
+    """The size to read around a patch so that no rotation and scaling of `profile` reaches outside what was read.
+
+    patch_size in voxels and spacing in mm, in the order of the two or three axes. The surplus over the patch is even on
+    every axis, so that patch and source share their centre.
+    """
+    patch = tuple(patch_size)
+    rotation = _rotation(patch, spacing, profile)
+    low, high = (rotation.low, rotation.high) if rotation.probability else (0.0, 0.0)
+    if high - low > 180:  # half a turn brings the box back onto itself
+        low, high = -90.0, 90.0
+    # How far the patch reaches is smooth in the angles: steps of two degrees miss its maximum by less than a voxel.
+    steps = np.linspace(low, high, num=math.ceil((high - low) / 2) + 1)
+    degrees = torch.tensor(list(itertools.product(steps, repeat=1 if _planar(spacing) else 3)), dtype=torch.float64)
+    scale = max(1.0, profile.scaling.high) if profile.scaling.probability else 1.0
+    margins = _margins(_matrices(degrees, torch.full((len(degrees),), scale), spacing), patch)
+    return tuple(p + 2 * margin for p, margin in zip(patch, margins, strict=True))
+
+
+@torch.no_grad()
+def augment(
+    image: torch.Tensor,
+    label: torch.Tensor,
+    patch_size: Sequence[int],
+    spacing: Sequence[float],
+    profile: AugmentationProfile,
+    seed: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn a batch as it was read into one to train on.
+
+    image    (B, C, *source) floating point, label (B, *source) integers, on any device; neither is changed
+    spacing  mm along each axis of the patch
+    seed     non-negative integers, such as (seed, step): the result depends on them and the input alone
+
+    Returns image (B, C, *patch_size) float32 and label (B, *patch_size) int64 on the same device. Where a turned or
+    shrunken sample reaches outside the source, the image is 0 (the mean of a z-scored scan) and the label background.
+    Raises ValueError when the shapes do not fit together.
+    """
+    patch = tuple(patch_size)
+    _check(image, label, patch, spacing)
+    seeds = np.random.SeedSequence(list(seed)).generate_state(2, np.uint64) >> 1
+    # Choices are made on the CPU, so that every device makes the same ones; noise is drawn where it is needed.
+    generator = torch.Generator().manual_seed(int(seeds[0]))
+    field_generator = torch.Generator(image.device).manual_seed(int(seeds[1]))
+
+    image, label = _move(image, label, patch, spacing, profile, generator)
+    rows = image.flatten(0, 1)  # (B * C, *patch): channels get their own intensities
+    # Neither blur nor low resolution crosses thick slices.
+    axes = range(2, len(patch) + 1) if len(patch) == 3 and _planar(spacing) else range(1, len(patch) + 1)
+
+    def strike(effect: Effect, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], draw: _Draw) -> None:
+        """Replace the rows that `effect` strikes by change(rows (m, *patch), strength (m, 3))."""
+        struck = torch.rand(image.shape[0], 1, generator=generator) < effect.probability
+        struck = struck & (torch.rand(image.shape[:2], generator=generator) < effect.channel_probability)
+        strength = draw(effect, torch.rand(*image.shape[:2], 3, generator=generator))[struck]
+        if len(strength):
+            index = struck.flatten().nonzero().flatten().to(rows.device)
+            rows.index_copy_(0, index, change(rows.index_select(0, index), strength.to(rows.device)))
+
+    def noise(x: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+        return x + _per_row(std, x) * torch.randn(x.shape, generator=field_generator, device=x.device)
+
+    strike(profile.noise, noise, _uniform)
+    strike(profile.blur, lambda x, sigma: _along(x, axes, sigma, _gaussian), _uniform)
+    strike(profile.shift, lambda x, value: x + _per_row(value, x), _uniform)
+    strike(profile.brightness, lambda x, factor: x * _per_row(factor, x), _around_one)
+    strike(profile.contrast, _contrast, _around_one)
+    strike(profile.low_resolution, lambda x, f: _along(x, axes, f[:, :1].expand_as(f), _coarsening), _uniform)
+    strike(profile.inverted_gamma, lambda x, exponent: -_gamma(-x, exponent), _around_one)
+    strike(profile.gamma, _gamma, _around_one)
+    return image, label
+
+
+_Draw = Callable[[Effect, torch.Tensor], torch.Tensor]
+
+
+def _uniform(effect: Effect, u: torch.Tensor) -> torch.Tensor:
+    """Uniform in the range of `effect`, from u uniform in [0, 1)."""
+    return effect.low + (effect.high - effect.low) * u
+
+
+def _around_one(effect: Effect, u: torch.Tensor) -> torch.Tensor:
+    """As often below 1 as above, uniform on either side, from u uniform in [0, 1) (nnU-Net's draw for factors)."""
+    side = 2 * u - 1
+    return 1 + torch.where(side < 0, side * (1 - effect.low), side * (effect.high - 1))
+
+
+def _check(image: torch.Tensor, label: torch.Tensor, patch: tuple[int, ...], spacing: Sequence[float]) -> None:
+    if len(patch) not in (2, 3) or len(spacing) != len(patch):
+        raise ValueError(
+            f"patch_size {patch} and spacing {tuple(spacing)} must have two or three axes, the same number"
+        )
+    if image.ndim != len(patch) + 2 or label.shape != (image.shape[0], *image.shape[2:]):
+        raise ValueError(
+            f"image {tuple(image.shape)} must be (B, C, *source) and label {tuple(label.shape)} (B, *source), "
+            f"with the {len(patch)} axes of patch_size {patch}"
+        )
+    if any(s < p for s, p in zip(image.shape[2:], patch, strict=True)):
+        raise ValueError(f"image {tuple(image.shape)} is smaller than patch_size {patch}")
+
+
+def _planar(spacing: Sequence[float]) -> bool:
+    """Whether rotation and scaling stay within slices: in 2D, and in volumes of thick slices (across axis 0)."""
+    return len(spacing) == 2 or spacing[0] > THICK_SLICES * min(spacing[1:])
+
+
+def _rotation(patch: tuple[int, ...], spacing: Sequence[float], profile: AugmentationProfile) -> Effect:
+    if not _planar(spacing):
+        return profile.rotation
+    short, long = sorted(p * s for p, s in zip(patch[-2:], spacing[-2:], strict=True))
+    rotation = profile.rotation_in_plane
+    if long <= ELONGATED * short:
+        return rotation
+    low, high = max(rotation.low, -ELONGATED_DEGREES), min(rotation.high, ELONGATED_DEGREES)
+    return rotation.model_copy(update={"low": low, "high": high})
+
+
+def _matrices(degrees: torch.Tensor, scale: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:
+    """(n, k, k) float64: from an offset in the patch to the offset in the source, both in voxels.
+
+    degrees (n, 1) turns and scales within slices, with k = 2 or 3 axes; degrees (n, 3) turns about each axis of a
+    volume. Turning happens in millimetres, so that things keep their shape whatever the spacing.
+    """
+    n, k = len(degrees), len(spacing)
+    turn = torch.eye(k, dtype=torch.float64).repeat(n, 1, 1)
+    # Each turn about an axis mixes the two others; with one angle, those are the two of the plane.
+    planes = [(k - 2, k - 1)] if degrees.shape[1] == 1 else [(1, 2), (2, 0), (0, 1)]
+    for angle, (i, j) in zip(torch.deg2rad(degrees.double()).unbind(1), planes, strict=True):
+        step = torch.eye(k, dtype=torch.float64).repeat(n, 1, 1)
+        step[:, i, i] = step[:, j, j] = angle.cos()
+        step[:, i, j], step[:, j, i] = -angle.sin(), angle.sin()
+        turn = turn @ step
+    mm = torch.tensor(spacing, dtype=torch.float64)
+    scales = scale.double()[:, None].repeat(1, k)
+    if k == 3 and degrees.shape[1] == 1:
+        scales[:, 0] = 1
+    return turn * mm / mm[:, None] * scales[:, None]
+
+
+def _move(
+    image: torch.Tensor,
+    label: torch.Tensor,
+    patch: tuple[int, ...],
+    spacing: Sequence[float],
+    profile: AugmentationProfile,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate, scale and mirror: samples that are neither rotated nor scaled are cropped, the others resampled once."""
+    batch, dimensions = image.shape[0], len(patch)
+    planar = _planar(spacing)
+    rotation = _rotation(patch, spacing, profile)
+    rotated = torch.rand(batch, generator=generator) < rotation.probability
+    degrees = _uniform(rotation, torch.rand(batch, 1 if planar else 3, generator=generator)) * rotated[:, None]
+    scaled = torch.rand(batch, generator=generator) < profile.scaling.probability
+    scale = torch.where(scaled, _uniform(profile.scaling, torch.rand(batch, generator=generator)), 1.0)
+    axes = range(dimensions) if profile.mirror_axes is None else profile.mirror_axes
+    mirrored = torch.zeros(batch, dimensions, dtype=torch.bool)
+    mirrored[:, list(axes)] = torch.rand(batch, len(axes), generator=generator) < profile.mirror_probability
+
+    out_image = image.new_empty((*image.shape[:2], *patch), dtype=torch.float32)
+    out_label = label.new_empty((batch, *patch), dtype=torch.int64)
+    crop = tuple(slice((s - p) // 2, (s - p) // 2 + p) for s, p in zip(image.shape[2:], patch, strict=True))
+    resampled = rotated | scaled
+    if resampled.any():
+        index = resampled.nonzero().flatten()
+        matrices = _matrices(degrees[index], scale[index], spacing)
+        index = index.to(image.device)
+        out_image[index], out_label[index] = _resample(image, label, index, patch, matrices, planar)
+    for b in range(batch):
+        flips = [axis - dimensions for axis in mirrored[b].nonzero().flatten().tolist()]
+        if not resampled[b]:
+            out_image[b] = image[b][(slice(None), *crop)].flip(flips)
+            out_label[b] = label[b][crop].flip(flips)
+        elif flips:
+            out_image[b] = out_image[b].flip(flips)
+            out_label[b] = out_label[b].flip(flips)
+    return out_image, out_label
+
+
+def _margins(matrices: torch.Tensor, patch: tuple[int, ...]) -> tuple[int, ...]:
+    """How many voxels beyond either side of the patch `matrices` (n, k, k) reach along each axis, rounded up amply."""
+    between_outermost_centres = torch.tensor(patch, dtype=torch.float64) - 1
+    surplus = ((matrices.abs() @ between_outermost_centres).amax(0) - between_outermost_centres).tolist()
+    return tuple(math.ceil((s + 1) / 2) if s > 1e-6 else 0 for s in surplus)
+
+
+def _resample(
+    image: torch.Tensor,
+    label: torch.Tensor,
+    index: torch.Tensor,
+    patch: tuple[int, ...],
+    matrices: torch.Tensor,
+    planar: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples `index` (n,) of the batch at patch size: image linear, label nearest, on one grid.
+
+    matrices (n, k, k) lead from an offset in the patch to the offset in the source; both have the same centre.
+    """
+    # Only what these samples reach is copied: the source is as large as the worst sample asks for.
+    box: list[slice] = []
+    for size, p, margin in zip(image.shape[2:], patch, _margins(matrices, patch), strict=True):
+        start = (size - p) // 2
+        margin = min(margin, start)
+        box.append(slice(start - margin, start + p + margin))
+    within = (slice(None), slice(None), *box)
+    image, label = image[within][index].float(), label[:, None][within][index].float()
+    n, channels = image.shape[:2]
+    shape = (n, channels, *patch)
+    if planar and len(patch) == 3:
+        # Slices do not mix: they ride along as channels of a two-dimensional resampling.
+        image, label = image.flatten(1, 2), label.flatten(1, 2)
+        patch, matrices = patch[1:], matrices[:, 1:, 1:]
+    # grid_sample counts from -1 to 1 between the outer faces of the outermost voxels, and wants the last axis first.
+    rows = (matrices * 2 / torch.tensor(image.shape[2:])[:, None]).float().to(image.device)
+    axes = range(len(patch))
+    offsets = [torch.arange(p, device=image.device) - (p - 1) / 2 for p in patch]
+    coordinates = []
+    for i in reversed(axes):
+        parts = [(rows[:, i, j, None] * offsets[j]).view(n, *(-1 if a == j else 1 for a in axes)) for j in axes]
+        coordinates.append(sum(parts[1:], start=parts[0]))
+    grid = torch.stack(coordinates, dim=-1)
+    image = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    label = F.grid_sample(label, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return image.view(shape), label.view(n, *shape[2:]).long()
+
+
+def _per_row(strength: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The first column of strength (m, k), shaped to spread over x (m, *patch)."""
+    return strength[:, 0].view(-1, *(1,) * (x.ndim - 1))
+
+
+def _contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Stretch intensities about the mean and clip them to the range they had."""
+    flat = x.flatten(1)
+    mean, (low, high) = flat.mean(1, keepdim=True), flat.aminmax(dim=1, keepdim=True)
+    return ((flat - mean) * factor[:, :1] + mean).clamp(low, high).view_as(x)
+
+
+def _gamma(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """Raise intensities scaled to [0, 1] to a power, keeping mean and standard deviation. A constant stays as it is."""
+    flat = x.flatten(1)
+    low, high = flat.aminmax(dim=1, keepdim=True)
+    std, mean = torch.std_mean(flat, dim=1, keepdim=True, correction=0)
+    raised = ((flat - low) / (high - low).clamp(min=1e-7)).pow(exponent[:, :1])
+    raised_std, raised_mean = torch.std_mean(raised, dim=1, keepdim=True, correction=0)
+    return ((raised - raised_mean) * (std / raised_std.clamp(min=1e-7)) + mean).view_as(x)
+
+
+def _along(
+    x: torch.Tensor, axes: Sequence[int], strength: torch.Tensor, matrix: Callable[[int, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Apply matrix(length, strength (m,)) -> (m, length, length) to x (m, *patch) along each of `axes`.
+
+    A filter as a small dense matrix per row treats rows of different strength in one go, on any device.
+    """
+    for k, axis in enumerate(axes):
+        lines = x.movedim(axis, -1)
+        filtered = torch.bmm(lines.flatten(1, -2), matrix(x.shape[axis], strength[:, k]).mT)
+        x = filtered.view(lines.shape).movedim(-1, axis)
+    return x
+
+
+def _gaussian(length: int, sigma: torch.Tensor) -> torch.Tensor:
+    """Rows of Gaussian weights that sum to one, also where the edge cuts them off."""
+    position = torch.arange(length, device=sigma.device, dtype=torch.float32)
+    distance = position - position[:, None]
+    return torch.softmax(-0.5 * (distance / sigma[:, None, None]) ** 2, dim=-1)
+
+
+def _coarsening(length: int, fraction: torch.Tensor) -> torch.Tensor:
+    """Keep the nearest voxel of each of round(fraction * length) cells, then interpolate linearly back to `length`."""
+    cells = (fraction * length).round().clamp(1, length)[:, None]  # (m, 1)
+    position = torch.arange(length, device=fraction.device) + 0.5
+    cell = (position * cells / length - 0.5).clamp(min=0)  # where each voxel lies among the cells
+    below = cell.floor()
+    above = torch.minimum(below + 1, cells - 1)
+    weight = cell - below
+    matrix = torch.zeros(len(fraction), length, length, device=fraction.device)
+    for index, share in ((below, 1 - weight), (above, weight)):
+        kept = ((index + 0.5) * length / cells).floor().long()  # the voxel nearest to the middle of the cell
+        matrix.scatter_add_(2, kept[:, :, None], share[:, :, None])
+    return matrix
