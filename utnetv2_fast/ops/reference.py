@@ -49,13 +49,13 @@ def bidirectional_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, map_out, column_lse), where column_lse (B, H, l) is the log of the sum over n of exp(S)."""
     q_, v_, map_q_, map_v_ = _accurate(q, v, map_q, map_v)
-    scores = scale * (q_ @ map_q_.mT)  # (B, H, n, l)
-    out = scores.softmax(-1) @ map_v_
-    maximum = scores.amax(-2, keepdim=True)  # (B, H, 1, l)
+    scores = _transposed_scores(q_, map_q_, scale)  # (B, H, l, n)
+    out = (map_v_.mT @ scores.softmax(-2)).mT
+    maximum = scores.amax(-1, keepdim=True)  # (B, H, l, 1)
     exponentials = (scores - maximum).exp()
-    total = exponentials.sum(-2, keepdim=True)
-    map_out = (exponentials / total).mT @ v_
-    column_lse = (maximum + total.log()).squeeze(-2)
+    total = exponentials.sum(-1, keepdim=True)
+    map_out = (exponentials @ v_) / total
+    column_lse = (maximum + total.log()).squeeze(-1)
     return _laid_out_like(out, q), _laid_out_like(map_out, map_q), column_lse
 
 
@@ -74,21 +74,21 @@ def bidirectional_attention_backward(
     """Gradients of q, v, map_q and map_v, from the scores computed again."""
     q_, v_, map_q_, map_v_ = _accurate(q, v, map_q, map_v)
     grad_out_, grad_map_out_, map_out_ = _accurate(grad_out, grad_map_out, map_out)
-    scores = scale * (q_ @ map_q_.mT)  # (B, H, n, l)
-    rows = scores.softmax(-1)
-    columns = (scores - column_lse.unsqueeze(-2)).exp()
-    grad_map_v = rows.mT @ grad_out_
-    grad_v = columns @ grad_map_out_
+    scores = _transposed_scores(q_, map_q_, scale)  # (B, H, l, n)
+    rows = scores.softmax(-2)
+    columns = (scores - column_lse.unsqueeze(-1)).exp()
+    grad_map_v = rows @ grad_out_
+    grad_v = (grad_map_out_.mT @ columns).mT
     # Softmax backward: P * (dP - sum(P * dP)). For the columns that sum is <grad_map_out, map_out>, of size l.
-    grad_rows = grad_out_ @ map_v_.mT
-    grad_columns = v_ @ grad_map_out_.mT
-    row_sum = (rows * grad_rows).sum(-1, keepdim=True)
-    column_sum = (grad_map_out_ * map_out_).sum(-1).unsqueeze(-2)
+    grad_rows = map_v_ @ grad_out_.mT
+    grad_columns = grad_map_out_ @ v_.mT
+    row_sum = (rows * grad_rows).sum(-2, keepdim=True)
+    column_sum = (grad_map_out_ * map_out_).sum(-1, keepdim=True)
     grad_scores = scale * (rows * (grad_rows - row_sum) + columns * (grad_columns - column_sum))
     return (
-        _laid_out_like(grad_scores @ map_q_, q),
+        _laid_out_like((map_q_.mT @ grad_scores).mT, q),
         _laid_out_like(grad_v, v),
-        _laid_out_like(grad_scores.mT @ q_, map_q),
+        _laid_out_like(grad_scores @ q_, map_q),
         _laid_out_like(grad_map_v, map_v),
     )
 
@@ -97,7 +97,8 @@ def bidirectional_attention_backward(
 def token_attention(q: Tensor, map_q: Tensor, map_v: Tensor, scale: float) -> Tensor:
     """softmax(S, over l) @ map_v: the half of bidirectional attention that updates the token map."""
     q_, map_q_, map_v_ = _accurate(q, map_q, map_v)
-    return _laid_out_like((scale * (q_ @ map_q_.mT)).softmax(-1) @ map_v_, q)
+    rows = _transposed_scores(q_, map_q_, scale).softmax(-2)  # (B, H, l, n)
+    return _laid_out_like((map_v_.mT @ rows).mT, q)
 
 
 @_without_autocast
@@ -106,14 +107,19 @@ def token_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, map_q and map_v, from the scores computed again."""
     grad_out_, q_, map_q_, map_v_ = _accurate(grad_out, q, map_q, map_v)
-    rows = (scale * (q_ @ map_q_.mT)).softmax(-1)  # (B, H, n, l)
-    grad_rows = grad_out_ @ map_v_.mT
-    grad_scores = scale * rows * (grad_rows - (rows * grad_rows).sum(-1, keepdim=True))
+    rows = _transposed_scores(q_, map_q_, scale).softmax(-2)  # (B, H, l, n)
+    grad_rows = map_v_ @ grad_out_.mT
+    grad_scores = scale * rows * (grad_rows - (rows * grad_rows).sum(-2, keepdim=True))
     return (
-        _laid_out_like(grad_scores @ map_q_, q),
-        _laid_out_like(grad_scores.mT @ q_, map_q),
-        _laid_out_like(rows.mT @ grad_out_, map_v),
+        _laid_out_like((map_q_.mT @ grad_scores).mT, q),
+        _laid_out_like(grad_scores @ q_, map_q),
+        _laid_out_like(rows @ grad_out_, map_v),
     )
+
+
+def _transposed_scores(q: Tensor, map_q: Tensor, scale: float) -> Tensor:
+    """S^T (B, H, l, n): with n, the long axis, contiguous, both softmaxes run over long vectors."""
+    return (scale * map_q) @ q.mT
 
 
 @_without_autocast
