@@ -83,15 +83,16 @@ def sliding_window(
             for _, place in batch
         ]
         windows = torch.stack([image[b][region] for (b, _), region in zip(batch, regions, strict=True)])
-        mirrored = (predict(windows.flip(axes)).float().softmax(1).flip(axes) for axes in flips)
-        probabilities = (functools.reduce(Tensor.add_, mirrored) / len(flips)).to(image.device)  # (N, K, *window)
-        if total is None:
-            total = image.new_zeros((len(image), probabilities.shape[1], *image.shape[2:]), dtype=torch.float32)
-        for (b, place), region, probability in zip(batch, regions, probabilities, strict=True):
-            share = math.prod(shares[axis][i].view(-1, *[1] * (dims - 1 - axis)) for axis, i in enumerate(place))
-            total[b][region] += share * probability
+        for axes in flips:
+            logits = predict(windows.flip(axes))  # (N, K, *window)
+            probabilities = logits.float().softmax(1).flip(axes).to(image.device)
+            if total is None:
+                total = image.new_zeros((len(image), probabilities.shape[1], *image.shape[2:]), dtype=torch.float32)
+            for (b, place), region, probability in zip(batch, regions, probabilities, strict=True):
+                along_axes = (shares[axis][i].view(-1, *[1] * (dims - 1 - axis)) for axis, i in enumerate(place))
+                total[b][region].addcmul_(probability, functools.reduce(torch.mul, along_axes), value=1 / len(flips))
     assert total is not None  # there is at least one window
-    return total[(..., *(slice(b, b + s) for b, s in zip(before, sizes, strict=True)))]
+    return total[(slice(None), slice(None), *(slice(b, b + s) for b, s in zip(before, sizes, strict=True)))]
 
 
 def _shares(starts: Sequence[int], size: int, window: int, weighting: Weighting) -> list[Tensor]:
