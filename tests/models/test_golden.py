@@ -72,19 +72,44 @@ def with_auxiliary(model: UTNetV2, x: torch.Tensor) -> tuple[torch.Tensor, torch
 TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
 
 
+def gradients(model: UTNetV2, vectors: dict[str, np.ndarray], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Logits, auxiliary logits and the input's gradient of the scalar in the vectors; parameters keep theirs."""
+    x = torch.from_numpy(vectors["input"]).to(dtype).requires_grad_()
+    logits, auxiliary = with_auxiliary(model, x)
+    c1, c2 = (torch.from_numpy(vectors[f"cotangent/{name}"]).to(dtype) for name in ("logits", "aux"))
+    ((logits * c1).sum() + (auxiliary * c2).sum()).backward()
+    assert x.grad is not None
+    return logits.detach(), auxiliary.detach(), x.grad
+
+
+def gradient_change_from_rounded_weights(dimensions: int) -> float:
+    """How far, in float64 arithmetic, weights off by half a float32 ulp move the input's gradient at worst.
+
+    Up to 1.6e-3: where rounding carries an input of a ReLU over zero the gradient jumps, so that no float32
+    implementation, the authors' own included, can be held to less.
+    """
+    torch.manual_seed(0)
+    worst = 0.0
+    for _ in range(4):
+        model, vectors, _ = load(dimensions, torch.float64)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + torch.finfo(torch.float32).eps / 2 * (2 * torch.rand_like(parameter) - 1))
+        worst = max(worst, relative_error(gradients(model, vectors, torch.float64)[2], vectors["eval/grad_input"]))
+    return worst
+
+
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 def test_eval_outputs_and_gradients(dimensions: int, dtype: torch.dtype, tolerance: float) -> None:
     model, vectors, state = load(dimensions, dtype)
-    x = torch.from_numpy(vectors["input"]).to(dtype).requires_grad_()
-    logits, auxiliary = with_auxiliary(model, x)
+    logits, auxiliary, grad_input = gradients(model, vectors, dtype)
     assert relative_error(logits, vectors["eval/logits"]) < tolerance
     assert relative_error(auxiliary, vectors["eval/aux"]) < tolerance
 
-    c1, c2 = (torch.from_numpy(vectors[f"cotangent/{name}"]).to(dtype) for name in ("logits", "aux"))
-    ((logits * c1).sum() + (auxiliary * c2).sum()).backward()
-    assert x.grad is not None
-    assert relative_error(x.grad, vectors["eval/grad_input"]) < tolerance
+    if dtype == torch.float32:
+        tolerance = max(tolerance, 3 * gradient_change_from_rounded_weights(dimensions))
+    assert relative_error(grad_input, vectors["eval/grad_input"]) < tolerance
 
     # Converting tensors that hold their own flat positions tells where each of our entries lies in the authors' layout.
     positions = convert_medformer_state_dict(
