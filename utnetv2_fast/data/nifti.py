@@ -1,0 +1,260 @@
+"""NIfTI files in and out: scans and labels in canonical orientation inside, on their own voxel grid outside."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel import orientations
+from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from utnetv2_fast.errors import InputError
+from utnetv2_fast.files import atomic_write
+
+ENDINGS = (".nii.gz", ".nii")
+
+# A header that claims more than this (as float32) is damaged, not large: 2048 x 2048 x 4096 voxels.
+_LARGEST_SCAN = 64 * 2**30
+# No deflate stream expands further than 1032 : 1, so a smaller .gz cannot hold what its header promises.
+_LARGEST_GZIP_RATIO = 1032
+_LARGEST_HEADER = 540  # NIfTI-2; NIfTI-1 has 348 bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the voxels of a file lie: shape (i, j, k) as stored, affine (4, 4) from voxel to world in mm (RAS+)."""
+
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+    header: nib.Nifti1Header | None = None
+
+    @cached_property
+    def orientation(self) -> NDArray[np.float64]:
+        """nibabel orientation (3, 2) that takes the stored axes to the closest canonical ones (RAS+)."""
+        return np.asarray(orientations.io_orientation(self.affine))
+
+    @property
+    def canonical_shape(self) -> tuple[int, int, int]:
+        """(z, y, x)"""
+        x, y, z = (self.shape[np.flatnonzero(self.orientation[:, 0] == axis)[0]] for axis in range(3))
+        return z, y, x
+
+    @property
+    def canonical_affine(self) -> NDArray[np.float64]:
+        """(4, 4) from (x, y, z) of the canonical array to the world."""
+        return np.asarray(self.affine @ orientations.inv_ornt_aff(self.orientation, self.shape))
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """(z, y, x) of the canonical array, in mm."""
+        x, y, z = (float(size) for size in voxel_sizes(self.canonical_affine))
+        return z, y, x
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """image (C, Z, Y, X) float32 in canonical orientation, and the grid of the files it came from."""
+
+    image: NDArray[np.float32]
+    grid: Grid
+
+
+def file_stem(file: Path) -> str:
+    """The file's name without `.nii.gz` or `.nii`."""
+    return next((file.name.removesuffix(ending) for ending in ENDINGS if file.name.endswith(ending)), file.name)
+
+
+def grid_difference(a: Grid, b: Grid) -> str | None:
+    """In words, how two grids differ once both are canonical; None when they agree to a tenth of a voxel."""
+    if a.canonical_shape != b.canonical_shape:
+        return f"shape {_text(a.canonical_shape[::-1])} against {_text(b.canonical_shape[::-1])}"
+    if not np.allclose(a.spacing, b.spacing, rtol=1e-3):
+        return f"spacing {_text(a.spacing[::-1])} mm against {_text(b.spacing[::-1])} mm"
+    z, y, x = a.canonical_shape
+    corners = np.array([(*corner, 1) for corner in itertools.product((0, x - 1), (0, y - 1), (0, z - 1))])
+    distance = np.linalg.norm(corners @ (a.canonical_affine - b.canonical_affine).T, axis=1).max()
+    if distance > 0.1 * min(a.spacing):
+        return f"position or direction in space, by up to {distance:.3g} mm"
+    return None
+
+
+def read_scan(files: Sequence[Path], channels: int | None = None) -> Scan:
+    """Read one scan: one 3D file per channel, or, when `channels` is given, one 4D file with that many volumes.
+
+    Raises InputError for a file that is unreadable, truncated, not NIfTI, not real-valued, of another dimension or
+    without usable geometry, for values that are NaN or infinite, and for channels on different grids.
+    """
+    volumes, grids = zip(*(_read(file) for file in files), strict=True)
+    if len(files) == 1 and channels is not None and volumes[0].shape[0] == channels:
+        image = volumes[0]
+    else:
+        for file, volume in zip(files, volumes, strict=True):
+            _require_single_volume(file, volume)
+        for file, grid in zip(files[1:], grids[1:], strict=True):
+            if difference := grid_difference(grids[0], grid):
+                raise InputError(
+                    f"{file}: its grid differs from that of {files[0].name} ({difference}); resample the channels of "
+                    "a scan to one grid."
+                )
+        image = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
+    with np.errstate(over="ignore"):
+        image = np.ascontiguousarray(image, dtype=np.float32)
+    for file, channel in zip(files if len(files) == len(image) else itertools.repeat(files[0]), image, strict=False):
+        if bad := channel.size - np.count_nonzero(np.isfinite(channel)):
+            raise InputError(
+                f"{file}: {bad} of {channel.size} voxels are NaN or infinite; replace them (for example with "
+                "numpy.nan_to_num) or leave the scan out."
+            )
+    return Scan(image, grids[0])
+
+
+def read_label(file: Path) -> tuple[NDArray[np.uint8], Grid]:
+    """Read a label map (Z, Y, X) uint8 in canonical orientation, and its grid.
+
+    Raises InputError as `read_scan` does, and for values that are not integers from 0 to 255.
+    """
+    volume, grid = _read(file)
+    _require_single_volume(file, volume)
+    label = volume[0].astype(np.uint8, casting="unsafe") if np.isfinite(volume).all() else None
+    if label is None or not np.array_equal(label, volume[0]):
+        raise InputError(f"{file}: a label map holds integers from 0 to 255, this one does not; export it again.")
+    return np.ascontiguousarray(label), grid
+
+
+def label_to_native(label: NDArray[np.uint8], grid: Grid) -> NDArray[np.uint8]:
+    """A canonical label map (Z, Y, X) as stored: (i, j, k) in the grid's own orientation."""
+    if label.shape != grid.canonical_shape:
+        raise ValueError(f"label of shape {label.shape} on a grid of canonical shape {grid.canonical_shape}")
+    canonical = orientations.axcodes2ornt("RAS")
+    return np.asarray(orientations.apply_orientation(label.T, orientations.ornt_transform(canonical, grid.orientation)))
+
+
+def write_label(file: Path, label: NDArray[np.uint8], grid: Grid) -> None:
+    """Write a canonical label map (Z, Y, X) as uint8 on the scan's own grid, with the geometry of its header."""
+    native = label_to_native(label.astype(np.uint8, casting="safe", copy=False), grid)
+    if grid.header is None:
+        image = nib.Nifti1Image(native, grid.affine)
+    else:
+        header = grid.header.copy()
+        header.set_data_dtype(np.uint8)
+        # The display window and the extensions (a DICOM header, say) describe the scan, not the label.
+        header["cal_min"] = header["cal_max"] = 0
+        header.extensions = type(header.extensions)()
+        kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+        image = kind(native.reshape(header.get_data_shape()), grid.affine, header)
+    with atomic_write(file) as temporary:
+        nib.save(image, temporary)
+
+
+def scan_from_array(image: NDArray[np.generic], affine: NDArray[Any]) -> Scan:
+    """A scan from an array (X, Y, Z) or (C, X, Y, Z) and its affine (4, 4), voxel to world in mm (RAS+).
+
+    Raises InputError for another number of axes, an empty array, a singular affine, and values that are not finite.
+    """
+    if image.ndim not in (3, 4) or image.size == 0:
+        raise InputError(f"The image has shape {image.shape}; give (X, Y, Z) or (C, X, Y, Z) with at least one voxel.")
+    affine = affine.astype(np.float64)
+    if problem := _affine_problem(affine):
+        raise InputError(f"The affine {problem}; give the (4, 4) matrix from voxel to world in mm.")
+    channels = image if image.ndim == 4 else image[None]
+    grid = Grid(channels.shape[1:], affine)
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(_to_canonical(np.moveaxis(channels, 0, -1), grid), dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise InputError("The image holds NaN or infinite values; replace them (for example with numpy.nan_to_num).")
+    return Scan(values, grid)
+
+
+def _read(file: Path) -> tuple[NDArray[np.generic], Grid]:
+    """All volumes of a file, (T, Z, Y, X) in canonical orientation, in the type they are stored in or scaled to."""
+    if not file.name.endswith(ENDINGS):
+        raise InputError(f"{file}: only .nii and .nii.gz are read; convert the scan to NIfTI first.")
+    try:
+        image = _load(file)
+        i, j, k, *_ = *image.shape, 1
+        grid = Grid((i, j, k), image.affine.astype(np.float64), image.header)
+        if problem := _affine_problem(grid.affine):
+            raise InputError(f"{file}: its affine {problem}; repair the geometry in its header.")
+        return _to_canonical(np.asanyarray(image.dataobj).reshape(i, j, k, -1), grid), grid
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; check the path.") from None
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{file}: truncated or damaged ({error}); copy or download it again.") from error
+    except (HeaderDataError, ImageFileError, KeyError, ValueError, OverflowError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: not a readable NIfTI file ({reason}); copy or export it again.") from error
+
+
+def _load(file: Path) -> nib.Nifti1Image:
+    """The image with all its bytes in memory; nothing is read until the header has proved sane."""
+    # The stream is read to its end, past what nibabel asks for, because only there gzip compares its checksum.
+    with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as stream:
+        start = stream.read(_LARGEST_HEADER)
+        kind = next((k for k in (nib.Nifti1Image, nib.Nifti2Image) if k.header_class.may_contain_header(start)), None)
+        if kind is None:
+            raise InputError(f"{file}: not a NIfTI file; convert the scan to NIfTI first.")
+        header = kind.header_class(start[: kind.header_class.sizeof_hdr], check=False)
+        size = _checked_size(file, header)
+        content = start + stream.read(size - len(start))
+        stream.read(1)
+    if len(content) < size:
+        raise EOFError(f"{len(content)} of {size} bytes are there")
+    return kind.from_bytes(content)
+
+
+def _checked_size(file: Path, header: nib.Nifti1Header) -> int:
+    """The bytes that the header promises; InputError when it promises what cannot be."""
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    if len(shape) < 2 or min(shape) < 1:
+        raise InputError(f"{file}: its header claims the shape {_text(shape)}; copy or export it again.")
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise InputError(
+            f"{file}: holds {header.get_value_label('datatype')} values; export it as a scan of real numbers."
+        )
+    # Unused axes of a 2D file may have spacing 0. nibabel would silently make a zero 1 and a negative one positive.
+    spacing = header["pixdim"][1 : 1 + min(len(shape), 3)]
+    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise InputError(f"{file}: its header gives the spacing {_text(spacing)} mm; write the true one into it.")
+    if prod(shape) * 4 > _LARGEST_SCAN:
+        raise InputError(
+            f"{file}: its header claims the shape {_text(shape)}, too large for a scan; copy or export it again."
+        )
+    size: int = header.get_data_offset() + prod(shape) * dtype.itemsize
+    stored = file.stat().st_size
+    if size > stored * (_LARGEST_GZIP_RATIO if file.name.endswith(".gz") else 1):
+        raise EOFError(f"its header promises {size} bytes of content, the file has {stored}")
+    return size
+
+
+def _affine_problem(affine: NDArray[np.float64]) -> str | None:
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        return "is no finite (4, 4) matrix"
+    # The volume of a voxel relative to that of a box with its edges: 1 without shear, 0 when two axes coincide.
+    edges = prod(voxel_sizes(affine))
+    return None if abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges else "is singular"
+
+
+def _require_single_volume(file: Path, volumes: NDArray[np.generic]) -> None:
+    if len(volumes) != 1:
+        raise InputError(f"{file}: holds {len(volumes)} volumes instead of one; split it into one file per channel.")
+
+
+def _to_canonical(volumes: NDArray[np.generic], grid: Grid) -> NDArray[np.generic]:
+    """(i, j, k, T) as stored -> (T, Z, Y, X)"""
+    return np.asarray(orientations.apply_orientation(volumes, grid.orientation)).T
+
+
+def _text(numbers: Sequence[float] | NDArray[np.generic]) -> str:
+    return "(" + ", ".join(f"{float(number):.6g}" for number in numbers) + ")"

@@ -1,0 +1,152 @@
+"""How scans become network input: axes, spacing and normalisation by nnU-Net's rules, and the patch to train on."""
+
+from __future__ import annotations
+
+from math import prod, sqrt
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from utnetv2_fast.data.dataset import Dataset
+from utnetv2_fast.data.fingerprint import Fingerprint, IntensityStatistics
+from utnetv2_fast.data.resample import ANISOTROPY_THRESHOLD
+
+__all__ = ["Dimensions", "IntensityStatistics", "Normalisation", "PatchPlan", "Plan", "make_plan", "plan_patch"]
+
+Dimensions = Literal[2, 3]
+Normalisation = Literal["ct", "zscore", "zscore_nonzero"]
+
+NUM_SCALES = 4
+# An axis is halved while it has this many voxels (nnU-Net: no feature map below 4).
+_SMALLEST_HALVED = 8
+# nnU-Net lets an axis take part (in pooling, in the kernel) once its spacing is within a factor of 2 of the finest.
+# Half of that, the square root, brings every scale as near to isotropic as halving can; it gives exactly the scales
+# and kernels of the paper's 3D networks for ACDC (5.0/1.56 mm), BCV (3.0/0.75 mm) and LiTS (1.0/0.77 mm).
+_COMPARABLE_SPACING = sqrt(2)
+# nnU-Net starts from a cube of 256^3 voxels where it ends near 128^3, so that the median shape clips it first.
+_INITIAL_EXCESS = 8
+
+
+class Plan(BaseModel):
+    """The way from scans to network input, written once per dataset and dimension, and carried by every run.
+
+    `axes` permutes (Z, Y, X) to (D, H, W), the coarsest axis first. `spacing` and `median_shape` (after crop and
+    resampling) are along (D, H, W); in 2D slices keep their distance, so `spacing[0]` is None.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str
+    dimensions: Dimensions
+    labels: dict[str, int]
+    channels: tuple[str, ...]
+    axes: tuple[int, int, int]
+    spacing: tuple[float | None, float, float]
+    median_shape: tuple[int, int, int]
+    normalisation: tuple[Normalisation, ...]
+    intensities: tuple[IntensityStatistics, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.labels)
+
+
+class PatchPlan(BaseModel):
+    """The patch (D, H, W) or (H, W), the factors of the four down-samplings, the kernels of the five levels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    patch_size: tuple[int, ...]
+    scales: tuple[tuple[int, ...], ...]
+    kernel_sizes: tuple[tuple[int, ...], ...]
+
+
+def make_plan(dataset: Dataset, fingerprint: Fingerprint, dimensions: Dimensions) -> Plan:
+    """nnU-Net's plan: target spacing, axis order, normalisation (ExperimentPlanner)."""
+    spacings = np.array([case.spacing for case in fingerprint.cases.values()])
+    shapes = np.array([case.shape for case in fingerprint.cases.values()])
+    target = _target_spacing(spacings, shapes)
+    coarsest = int(np.argmax(target))
+    axes = [coarsest, *(axis for axis in range(3) if axis != coarsest)]
+    spacing = target[axes].tolist()
+    new_shapes = np.rint(spacings / target * shapes)[:, axes]
+    if dimensions == 2:
+        new_shapes[:, 0] = shapes[:, coarsest]
+    cropped_much = np.median([case.relative_size for case in fingerprint.cases.values()]) < 3 / 4
+    d, h, w = (max(1, round(size)) for size in np.median(new_shapes, axis=0).tolist())
+    return Plan(
+        dataset=dataset.name,
+        dimensions=dimensions,
+        labels=dataset.labels,
+        channels=dataset.channels,
+        axes=(axes[0], axes[1], axes[2]),
+        spacing=(None if dimensions == 2 else spacing[0], spacing[1], spacing[2]),
+        median_shape=(d, h, w),
+        normalisation=tuple(
+            "ct" if channel.lower() == "ct" else "zscore_nonzero" if cropped_much else "zscore"
+            for channel in dataset.channels
+        ),
+        intensities=fingerprint.intensities,
+    )
+
+
+def plan_patch(plan: Plan, input_size: tuple[int, ...]) -> PatchPlan:
+    """The largest patch of the data's proportions whose volume is at most that of `input_size`, and its scales.
+
+    nnU-Net's search: begin with a physical cube clipped to the median shape, give every axis a multiple of its total
+    stride, and shorten the axis that covers most of the median shape until the volume fits.
+    """
+    if len(input_size) != plan.dimensions:
+        raise ValueError(f"input_size {input_size} for a {plan.dimensions}D plan")
+    spacing = np.array(plan.spacing[-len(input_size) :], dtype=np.float64)
+    median = np.array(plan.median_shape[-len(input_size) :])
+    edge = (_INITIAL_EXCESS * prod(input_size) * spacing.prod()) ** (1 / len(spacing))  # mm
+    patch = np.maximum(1, np.minimum(np.rint(edge / spacing), median)).astype(int)
+    while True:
+        scales, kernels = _pyramid(patch, spacing)
+        stride = np.prod(scales, axis=0)
+        padded = -(-patch // stride) * stride
+        shortenable = padded > stride
+        if padded.prod() <= prod(input_size) or not shortenable.any():
+            return PatchPlan(
+                patch_size=tuple(padded.tolist()),
+                scales=tuple(tuple(scale) for scale in scales),
+                kernel_sizes=tuple(tuple(kernel) for kernel in kernels),
+            )
+        axis = int(np.argmax(np.where(shortenable, padded / median, -1)))
+        patch = padded
+        patch[axis] -= stride[axis]
+
+
+def _target_spacing(spacings: NDArray[np.float64], shapes: NDArray[np.intp]) -> NDArray[np.float64]:
+    """The median per axis; where slices are thick and few, their 10th percentile instead (nnU-Net)."""
+    target, size = np.median(spacings, axis=0), np.median(shapes, axis=0)
+    worst = int(np.argmax(target))
+    others = np.delete(np.arange(3), worst)
+    thick = target[worst] > ANISOTROPY_THRESHOLD * target[others].max()
+    few = size[worst] * ANISOTROPY_THRESHOLD < size[others].min()
+    if thick and few:
+        target[worst] = np.percentile(spacings[:, worst], 10)
+        # The axis stays the coarsest.
+        if target[worst] < target[others].max():
+            target[worst] = target[others].max() + 1e-5
+    return target
+
+
+def _pyramid(patch: NDArray[np.intp], spacing: NDArray[np.float64]) -> tuple[list[list[int]], list[list[int]]]:
+    """Down-sampling factors of the four scales and kernel sizes of the five levels."""
+    size, spacing = patch.copy(), spacing.copy()
+    kernel = np.ones_like(patch)
+    scales, kernels = [], []
+    for _ in range(NUM_SCALES):
+        kernel = np.where(spacing <= _COMPARABLE_SPACING * spacing.min(), 3, kernel)
+        halvable = size >= _SMALLEST_HALVED
+        finest = spacing.min(where=halvable, initial=np.inf)
+        factor = np.where(halvable & (spacing <= _COMPARABLE_SPACING * finest), 2, 1)
+        kernels.append(kernel.tolist())
+        scales.append(factor.tolist())
+        spacing *= factor
+        size = -(-size // factor)
+    return scales, [*kernels, [3] * len(size)]

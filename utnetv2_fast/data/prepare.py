@@ -1,0 +1,219 @@
+"""A dataset made ready to train on: verified, planned, resampled and stored as memory-mapped arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from utnetv2_fast.data.dataset import Case, Dataset
+from utnetv2_fast.data.fingerprint import Fingerprint, compute_fingerprint
+from utnetv2_fast.data.nifti import read_label, read_scan
+from utnetv2_fast.data.plan import Dimensions, Plan, make_plan
+from utnetv2_fast.data.preprocess import preprocess_image, preprocess_label
+from utnetv2_fast.data.threads import map_in_threads
+from utnetv2_fast.errors import InputError
+from utnetv2_fast.files import atomic_write, write_text_atomically
+from utnetv2_fast.progress import Track, silent
+
+Model = TypeVar("Model", bound=BaseModel)
+
+# Raise it when preprocessing computes other numbers than before: what was stored earlier is then made anew.
+_FORMAT = 1
+_FOREGROUND_PER_CLASS = 10_000
+_SEED = 1234
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """The stored arrays of one case, on the plan's grid."""
+
+    name: str
+    patient: str
+    image_file: Path
+    label_file: Path
+    foreground_file: Path
+
+    def image(self) -> NDArray[np.float16]:
+        """(C, D, H, W) float16, memory-mapped."""
+        return np.asanyarray(np.load(self.image_file, mmap_mode="r"))
+
+    def label(self) -> NDArray[np.uint8]:
+        """(D, H, W) uint8, memory-mapped."""
+        return np.asanyarray(np.load(self.label_file, mmap_mode="r"))
+
+    def foreground(self) -> NDArray[np.int32]:
+        """(k, 4): class, d, h, w of at most 10,000 voxels of each class but background, sorted by class."""
+        return np.asarray(np.load(self.foreground_file))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared folder: `plan.json` (written last: without it the folder is not complete) and `cases/`."""
+
+    folder: Path
+    plan: Plan
+    cases: tuple[PreparedCase, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> Prepared:
+        """Raises InputError when `folder` is not prepared, or not to the end."""
+        folder = Path(folder)
+        try:
+            plan = Plan.model_validate_json((folder / "plan.json").read_bytes())
+            records = [_Record.model_validate_json(file.read_bytes()) for file in (folder / "cases").glob("*.json")]
+        except FileNotFoundError:
+            raise InputError(f"{folder}: not a completely prepared folder; run `utnetv2-fast prepare` first.") from None
+        except ValidationError as error:
+            raise InputError(
+                f"{folder}: holds another version's or a damaged {error.title}; prepare it anew."
+            ) from None
+        cases = (_prepared_case(folder, record.name, record.patient) for record in records)
+        return cls(folder, plan, tuple(sorted(cases, key=lambda case: case.name)))
+
+
+class _Record(BaseModel):
+    """`cases/NAME.json`, written after the arrays: which sources and which recipe they were made from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    patient: str
+    metadata: dict[str, str]
+    sources: str
+    recipe: str
+
+
+class _StoredFingerprint(BaseModel):
+    """`fingerprint.json`: a fingerprint and the digest of the files that it describes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sources: str
+    fingerprint: Fingerprint
+
+
+def prepare(dataset: Dataset, folder: Path, dimensions: Dimensions, track: Track = silent) -> Prepared:
+    """Verify `dataset`, plan it and store every case under `folder`; only what changed since the last time is done.
+
+    A file counts as changed when its size or its modification time does. Stopped at any point, the work goes on
+    where it was when called again. Raises InputError with the first problem of the dataset, and how many more.
+    """
+    folder = Path(folder)
+    fingerprint = _fingerprint(dataset, folder / "fingerprint.json", track)
+    plan = make_plan(dataset, fingerprint, dimensions)
+    recipe = _recipe(plan)
+    records = {
+        case.name: _Record(
+            name=case.name,
+            patient=case.patient,
+            metadata=dict(case.metadata),
+            sources=_sources([case]),
+            recipe=recipe,
+        )
+        for case in dataset.cases
+    }
+    plan_file = folder / "plan.json"
+    stale = [case for case in dataset.cases if _stored(_Record, _record_file(folder, case.name)) != records[case.name]]
+    removed = [file for file in (folder / "cases").glob("*.json") if file.stem not in records]
+    if stale or removed or _stored(Plan, plan_file) != plan:
+        plan_file.unlink(missing_ok=True)
+    for file in removed:
+        _remove_case(folder, file.stem)
+
+    def store(case: Case) -> None:
+        _store_case(case, folder, plan, records[case.name])
+
+    map_in_threads(store, stale, track, "Preparing")
+    with atomic_write(folder / "dataset.json") as temporary:
+        shutil.copyfile(dataset.folder / "dataset.json", temporary)
+    write_text_atomically(plan_file, plan.model_dump_json(indent=2))
+    return Prepared.load(folder)
+
+
+def _fingerprint(dataset: Dataset, file: Path, track: Track) -> Fingerprint:
+    sources = _digest([_sources(dataset.cases), dataset.channels, dataset.labels])
+    stored = _stored(_StoredFingerprint, file)
+    if stored is not None and stored.sources == sources:
+        return stored.fingerprint
+    fingerprint = compute_fingerprint(dataset, track)
+    write_text_atomically(file, _StoredFingerprint(sources=sources, fingerprint=fingerprint).model_dump_json(indent=2))
+    return fingerprint
+
+
+def _recipe(plan: Plan) -> str:
+    """Digest of what the stored arrays depend on; statistics of channels that are standardised per scan are not."""
+    fixed = [i.model_dump() for i, kind in zip(plan.intensities, plan.normalisation, strict=True) if kind == "ct"]
+    return _digest([_FORMAT, plan.dimensions, plan.axes, plan.spacing, plan.normalisation, fixed])
+
+
+def _sources(cases: Iterable[Case]) -> str:
+    """Digest of the names, sizes and modification times of the cases' files."""
+    files = [file for case in cases for file in (*case.images, case.label) if file is not None]
+    return _digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _stored(kind: type[Model], file: Path) -> Model | None:
+    """The model in `file`, or None when there is none that this version can read."""
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _prepared_case(folder: Path, name: str, patient: str) -> PreparedCase:
+    image, label, foreground = (folder / "cases" / f"{name}.{part}.npy" for part in ("image", "label", "foreground"))
+    return PreparedCase(name, patient, image, label, foreground)
+
+
+def _record_file(folder: Path, name: str) -> Path:
+    return folder / "cases" / f"{name}.json"
+
+
+def _remove_case(folder: Path, name: str) -> None:
+    case = _prepared_case(folder, name, patient="")
+    for file in (_record_file(folder, name), case.image_file, case.label_file, case.foreground_file):
+        file.unlink(missing_ok=True)
+
+
+def _store_case(case: Case, folder: Path, plan: Plan, record: _Record) -> None:
+    if case.label is None:
+        raise ValueError(f"case {case.name} has no label map")
+    stored = _prepared_case(folder, case.name, case.patient)
+    image, geometry = preprocess_image(read_scan(case.images, len(plan.channels)), plan)
+    label = preprocess_label(read_label(case.label)[0], geometry, plan)
+    largest = np.finfo(np.float16).max
+    _save(stored.image_file, image.clip(-largest, largest).astype(np.float16))
+    _save(stored.label_file, label)
+    _save(stored.foreground_file, _foreground(label))
+    write_text_atomically(_record_file(folder, case.name), record.model_dump_json(indent=2))
+
+
+def _save(file: Path, array: NDArray[np.generic]) -> None:
+    with atomic_write(file) as temporary:
+        np.save(temporary, array)
+
+
+def _foreground(label: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """(k, 4): class, d, h, w of at most 10,000 voxels of each class but background, drawn without replacement."""
+    flat = label.ravel()
+    rows = [np.empty((0, 4), dtype=np.int32)]
+    for value in range(1, int(flat.max()) + 1):
+        voxels = np.flatnonzero(flat == value)
+        if len(voxels) > _FOREGROUND_PER_CLASS:
+            voxels = np.random.default_rng([_SEED, value]).choice(voxels, _FOREGROUND_PER_CLASS, replace=False)
+        places = np.stack(np.unravel_index(voxels, label.shape), axis=1)
+        rows.append(np.insert(places, 0, value, axis=1).astype(np.int32))
+    return np.concatenate(rows)

@@ -1,0 +1,117 @@
+"""The one way from a scan to the network's grid and back, taken by `prepare` and by prediction alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from utnetv2_fast.data.fingerprint import IntensityStatistics, nonzero_box
+from utnetv2_fast.data.nifti import Scan
+from utnetv2_fast.data.plan import Normalisation, Plan
+from utnetv2_fast.data.resample import resample_argmax, resample_image, resample_label
+
+Spacing = tuple[float, float, float]
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What leads back: the scan's canonical shape (Z, Y, X), the crop's (start, stop) and spacing along (D, H, W)."""
+
+    scan_shape: Shape
+    crop: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    cropped_spacing: Spacing
+
+    @property
+    def box(self) -> tuple[slice, slice, slice]:
+        d, h, w = (slice(*bounds) for bounds in self.crop)
+        return d, h, w
+
+    @property
+    def cropped_shape(self) -> Shape:
+        d, h, w = (stop - start for start, stop in self.crop)
+        return d, h, w
+
+
+def target_spacing(geometry: Geometry, plan: Plan) -> Spacing:
+    """The plan's spacing (D, H, W); an axis that the plan leaves alone keeps the scan's."""
+    d, h, w = (own if new is None else new for own, new in zip(geometry.cropped_spacing, plan.spacing, strict=True))
+    return d, h, w
+
+
+def target_shape(geometry: Geometry, plan: Plan) -> Shape:
+    """The shape (D, H, W) that the cropped scan has at the plan's spacing, at least 1 along every axis."""
+    spacings = zip(geometry.cropped_shape, geometry.cropped_spacing, target_spacing(geometry, plan), strict=True)
+    d, h, w = (max(1, round(old / new * size)) for size, old, new in spacings)
+    return d, h, w
+
+
+def preprocess_image(scan: Scan, plan: Plan) -> tuple[NDArray[np.float32], Geometry]:
+    """Permute, crop to the non-zero box, normalise, resample, in nnU-Net's order: -> (C, D, H, W) float32, geometry.
+
+    Raises ValueError when the scan has not the plan's channels.
+    """
+    if len(scan.image) != len(plan.channels):
+        raise ValueError(f"a scan of {len(scan.image)} channels for a plan of {len(plan.channels)}")
+    image = scan.image.transpose(0, *(1 + axis for axis in plan.axes))  # (C, D, H, W)
+    z, y, x = scan.image.shape[1:]
+    box = nonzero_box(image)
+    d, h, w = ((part.start, part.stop) for part in box)
+    depth, height, width = (scan.grid.spacing[axis] for axis in plan.axes)
+    geometry = Geometry((z, y, x), (d, h, w), (depth, height, width))
+    image = _normalise(image[(slice(None), *box)], plan.normalisation, plan.intensities)
+    resampled = resample_image(
+        image, target_shape(geometry, plan), geometry.cropped_spacing, target_spacing(geometry, plan)
+    )
+    return resampled, geometry
+
+
+def preprocess_label(label: NDArray[np.uint8], geometry: Geometry, plan: Plan) -> NDArray[np.uint8]:
+    """The label map (Z, Y, X) of a scan on the grid that `preprocess_image` gave its image: (D, H, W) uint8."""
+    cropped = label.transpose(plan.axes)[geometry.box]
+    return resample_label(
+        cropped, target_shape(geometry, plan), geometry.cropped_spacing, target_spacing(geometry, plan)
+    )
+
+
+def restore_label(probabilities: torch.Tensor, geometry: Geometry, plan: Plan) -> NDArray[np.uint8]:
+    """Scores (K, D, H, W) on the plan's grid -> the label map (Z, Y, X) uint8 on the scan's canonical grid.
+
+    The scores, not their argmax, are resampled (linearly, nearest across thick slices); outside the crop lies
+    background. Computed on the device of `probabilities`.
+    """
+    cropped = resample_argmax(
+        probabilities, geometry.cropped_shape, target_spacing(geometry, plan), geometry.cropped_spacing
+    )
+    label = np.zeros(geometry.scan_shape, dtype=np.uint8)
+    label.transpose(plan.axes)[geometry.box] = cropped.cpu().numpy()
+    return label
+
+
+def _normalise(
+    image: NDArray[np.float32], schemes: tuple[Normalisation, ...], statistics: tuple[IntensityStatistics, ...]
+) -> NDArray[np.float32]:
+    """Per channel: CT by the dataset's clip, mean and deviation; else to zero mean and unit deviation of the scan."""
+    result = np.empty_like(image, order="C")
+    inside = None
+    if "zscore_nonzero" in schemes:
+        inside = ndimage.binary_fill_holes((image != 0).any(axis=0))
+    for channel, out, scheme, known in zip(image, result, schemes, statistics, strict=True):
+        if scheme == "ct":
+            out[...] = (channel.clip(known.percentile_00_5, known.percentile_99_5) - known.mean) / max(known.std, 1e-8)
+        elif scheme == "zscore":
+            out[...] = _standardised(channel)
+        else:
+            out[...] = 0
+            out[inside] = _standardised(channel[inside])
+    return result
+
+
+def _standardised(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    # float64 sums: float32 loses digits over the 1e8 voxels of a large scan.
+    mean, std = (values.mean(dtype=np.float64), values.std(dtype=np.float64)) if values.size else (0.0, 1.0)
+    return ((values - np.float32(mean)) / np.float32(max(std, 1e-8))).astype(np.float32)
