@@ -1,0 +1,204 @@
+"""Dice, HD95 and NSD of predicted label maps against reference ones, per case and class, on the scans' own grids.
+
+A class that is absent from both label maps of a case has no score there: NaN, left out of every mean. One that is
+absent from only one of them was missed or made up: Dice 0, NSD 0, and as HD95 the diagonal of the scan. An infinite
+distance would end every mean, and leaving the case out would reward the failure; no distance in the scan exceeds its
+diagonal, so no segmentation is worth less than none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import surface_distance
+from numpy.typing import NDArray
+
+from utnetv2_fast.data.dataset import read_dataset
+from utnetv2_fast.data.nifti import ENDINGS, file_stem, grid_difference, read_label
+from utnetv2_fast.data.threads import map_in_threads
+from utnetv2_fast.errors import InputError
+from utnetv2_fast.progress import Track, silent
+
+DEFAULT_TOLERANCE = 1.0
+"""NSD's tolerance in mm: the Decathlon's for the hippocampus, and about a voxel of most scans."""
+
+# Spacings come out of float32 headers; a surface one voxel of 1 mm away counts as within 1 mm all the same.
+_TOLERANCE_SLACK = 1e-4
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one class of one case was found. NaN where the class is absent from both label maps."""
+
+    case: str
+    label: str
+    dice: float
+    hd95: float  # mm
+    nsd: float
+    reference_voxels: int
+    predicted_voxels: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One metric over the cases that have a score. `std` is the sample deviation, NaN for fewer than two cases."""
+
+    mean: float
+    std: float
+    cases: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of all cases, foreground classes in the order of their values, at one NSD tolerance in mm."""
+
+    labels: tuple[str, ...]
+    tolerance: float
+    scores: tuple[Score, ...]
+
+    def summary(self, label: str, metric: str) -> Summary:
+        """Mean and deviation over the cases of `metric` ("dice", "hd95" or "nsd") of one class."""
+        values = [getattr(score, metric) for score in self.scores if score.label == label]
+        values = [value for value in values if not math.isnan(value)]
+        mean = float(np.mean(values)) if values else math.nan
+        return Summary(mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, len(values))
+
+    def mean(self, metric: str) -> float:
+        """The mean of the classes' means, as nnU-Net's foreground mean: every class that occurs counts alike."""
+        means = [self.summary(label, metric).mean for label in self.labels]
+        means = [mean for mean in means if not math.isnan(mean)]
+        return float(np.mean(means)) if means else math.nan
+
+
+def dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
+    """2 |P and R| / (|P| + |R|) of two masks of one shape; NaN when both are empty."""
+    voxels = int(np.count_nonzero(prediction)) + int(np.count_nonzero(reference))
+    return 2 * int(np.count_nonzero(prediction & reference)) / voxels if voxels else math.nan
+
+
+def surface_scores(
+    prediction: NDArray[np.bool_],
+    reference: NDArray[np.bool_],
+    spacing: Sequence[float],
+    tolerance: float = DEFAULT_TOLERANCE,
+) -> tuple[float, float]:
+    """(HD95 in mm, NSD) of two masks of one shape, 2D or 3D, with the spacing of their axes in mm.
+
+    HD95: the larger, over both directions, of the 95th percentiles of the distances from one surface to the other,
+    every surface element weighted by its area (DeepMind's definition, the one the paper reports). NSD: the share of
+    both surfaces that lies within `tolerance` mm of the other one. Both take the missing-class rule of this module.
+    """
+    predicted, expected = bool(prediction.any()), bool(reference.any())
+    if not predicted and not expected:
+        return math.nan, math.nan
+    if not predicted or not expected:
+        return math.hypot(*(n * mm for n, mm in zip(reference.shape, spacing, strict=True))), 0.0
+    distances = surface_distance.compute_surface_distances(reference, prediction, spacing)
+    hd95 = surface_distance.compute_robust_hausdorff(distances, 95)
+    nsd = surface_distance.compute_surface_dice_at_tolerance(distances, tolerance + _TOLERANCE_SLACK)
+    return float(hd95), float(nsd)
+
+
+def score_case(
+    case: str,
+    prediction: NDArray[np.uint8],
+    reference: NDArray[np.uint8],
+    spacing: Sequence[float],
+    labels: Mapping[str, int],
+    tolerance: float = DEFAULT_TOLERANCE,
+) -> list[Score]:
+    """The scores of the foreground classes of two label maps (Z, Y, X) with spacing (z, y, x) in mm."""
+    scores = []
+    for label, value in labels.items():
+        if value == 0:
+            continue
+        p, r = prediction == value, reference == value
+        hd95, nsd = surface_scores(p, r, spacing, tolerance)
+        scores.append(Score(case, label, dice(p, r), hd95, nsd, int(r.sum()), int(p.sum())))
+    return scores
+
+
+def evaluate_files(
+    pairs: Sequence[tuple[str, Path, Path]],
+    labels: Mapping[str, int],
+    track: Track = silent,
+    *,
+    tolerance: float = DEFAULT_TOLERANCE,
+) -> Evaluation:
+    """Score (case, prediction file, reference file) for every foreground class of `labels` ({name: value}).
+
+    Raises InputError for a file that cannot be read, grids that differ, and label values that `labels` does not name.
+    """
+    if not tolerance >= 0:
+        raise InputError(f"The tolerance is {tolerance} mm; give a distance of 0 mm or more.")
+
+    def score(pair: tuple[str, Path, Path]) -> list[Score]:
+        case, prediction_file, reference_file = pair
+        (prediction, grid), (reference, reference_grid) = read_label(prediction_file), read_label(reference_file)
+        if difference := grid_difference(grid, reference_grid):
+            raise InputError(
+                f"{prediction_file}: its grid differs from that of {reference_file} ({difference}); predict on the "
+                "scan that the reference belongs to."
+            )
+        for file, label in ((prediction_file, prediction), (reference_file, reference)):
+            if unknown := sorted(set(np.unique(label).tolist()) - set(labels.values())):
+                raise InputError(
+                    f"{file}: holds the label {unknown[0]}, but the classes are {', '.join(labels)} (0 to "
+                    f"{len(labels) - 1}); check that it belongs to this dataset."
+                )
+        return score_case(case, prediction, reference, reference_grid.spacing, labels, tolerance)
+
+    scores = map_in_threads(score, pairs, track, "Evaluating")
+    names = tuple(label for label, value in labels.items() if value != 0)
+    return Evaluation(names, tolerance, tuple(score for case in scores for score in case))
+
+
+def evaluate_folder(
+    predictions: Path,
+    references: Path,
+    track: Track = silent,
+    *,
+    tolerance: float = DEFAULT_TOLERANCE,
+    subset: bool = False,
+) -> Evaluation:
+    """Score every label map CASE.nii.gz or CASE.nii in `predictions`.
+
+    `references` is a dataset folder, or a folder of label maps CASE.nii.gz beside dataset.json, which names the
+    classes. With `subset`, references without a prediction are left out.
+    Raises InputError as `evaluate_files`, and for a prediction without reference or a reference without prediction.
+    """
+    if (references / "dataset.json").is_file():
+        dataset = read_dataset(references)
+        expected = {case.name: case.label for case in dataset.cases if case.label}
+    else:
+        expected = _label_files(references)
+        dataset = read_dataset(references.resolve().parent)
+    found = _label_files(predictions)
+    if surplus := sorted(set(found) - set(expected)):
+        raise InputError(f"{found[surplus[0]]}: {references} has no reference for it; remove it or add its reference.")
+    if not subset and (missing := sorted(set(expected) - set(found))):
+        raise InputError(
+            f"{predictions}: no prediction for {expected[missing[0]]} ({len(missing)} missing); predict it, or pass "
+            "--subset to score the predicted cases only."
+        )
+    pairs = [(case, found[case], expected[case]) for case in sorted(found)]
+    return evaluate_files(pairs, dataset.labels, track, tolerance=tolerance)
+
+
+def _label_files(folder: Path) -> dict[str, Path]:
+    """{case: its label map}"""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder that holds the label maps.")
+    files = sorted(f for f in folder.iterdir() if f.name.endswith(ENDINGS) and not f.name.startswith("."))
+    if not files:
+        raise InputError(f"{folder}: no .nii or .nii.gz file in it; give the folder that holds the label maps.")
+    by_case: dict[str, Path] = {}
+    for file in files:
+        if (case := file_stem(file)) in by_case:
+            raise InputError(f"{file}: {by_case[case].name} is a label map of the same case; leave one of them out.")
+        by_case[case] = file
+    return by_case

@@ -1,0 +1,62 @@
+"""The scores as files: one CSV line per case and class, and a JSON summary per class."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from utnetv2_fast.evaluation.metrics import Evaluation
+from utnetv2_fast.files import atomic_write, write_text_atomically
+
+METRICS = {"dice": "dice", "hd95": "hd95_mm", "nsd": "nsd"}
+"""{field of `Score`: its name in files, with the unit}"""
+
+MISSING_CLASS_RULE = (
+    "absent from prediction and reference: no score, not counted; absent from one of them: dice 0, nsd 0, "
+    "hd95 the diagonal of the scan"
+)
+
+
+def write_tables(evaluation: Evaluation, folder: Path) -> None:
+    """Write `scores.csv` and `scores.json` into `folder`, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "scores.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["case", "class", *METRICS.values(), "reference_voxels", "predicted_voxels"])
+        for score in evaluation.scores:
+            values = [_cell(getattr(score, metric)) for metric in METRICS]
+            writer.writerow([score.case, score.label, *values, score.reference_voxels, score.predicted_voxels])
+    write_text_atomically(folder / "scores.json", json.dumps(summarise(evaluation), indent=2, allow_nan=False) + "\n")
+
+
+def summarise(evaluation: Evaluation) -> dict[str, Any]:
+    """Mean, sample deviation and number of cases per class and metric, and the mean of the classes; JSON types only.
+
+    What is undefined (a class that occurs nowhere, the deviation of one case) is None.
+    """
+    classes = {
+        label: {
+            name: {key: _or_none(value) for key, value in asdict(evaluation.summary(label, metric)).items()}
+            for metric, name in METRICS.items()
+        }
+        for label in evaluation.labels
+    }
+    return {
+        "cases": len({score.case for score in evaluation.scores}),
+        "mean": {name: _or_none(evaluation.mean(metric)) for metric, name in METRICS.items()},
+        "classes": classes,
+        "nsd_tolerance_mm": evaluation.tolerance,
+        "missing_class_rule": MISSING_CLASS_RULE,
+    }
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
