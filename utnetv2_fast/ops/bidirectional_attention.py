@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from utnetv2_fast.ops import reference
-from utnetv2_fast.ops.dispatch import DTYPES, Impl, autocast_dtype, choose, lowered
+from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, check_dtype, lowered
+from utnetv2_fast.ops.dispatch import Impl, choose
 
 
 def bidirectional_attention(
@@ -78,13 +79,10 @@ def _check(q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor) -> None:
         raise ValueError(
             f"n, l and d must be at least 1; q has shape {tuple(q.shape)} and map_q has shape {tuple(map_q.shape)}"
         )
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q must be float32, float16, bfloat16 or float64, not {q.dtype}")
-    for name, tensor in (("v", v), ("map_q", map_q), ("map_v", map_v)):
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, not {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, not {tensor.device}")
+    check_dtype("q", q)
+    check_alike("v", v, "q", q)
+    check_alike("map_q", map_q, "q", q)
+    check_alike("map_v", map_v, "q", q)
 
 
 torch.library.define(

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from utnetv2_fast.ops import reference
-from utnetv2_fast.ops.dispatch import DTYPES, Impl, autocast_dtype, choose, lowered
+from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, check_dtype, lowered
+from utnetv2_fast.ops.dispatch import Impl, choose
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -22,7 +23,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, imp
         impl: backend: "auto" takes the fastest that can run these inputs, a named one runs or raises.
 
     Tensors are float32, float16, bfloat16 or float64, all of one dtype on one device; under autocast they are cast as
-    for `torch.nn.functional.conv2d`.
+    for `torch.nn.functional.conv2d`. B may be 0.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or an unknown `impl`.
@@ -39,6 +40,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, imp
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.ndim not in (4, 5):
         raise ValueError(f"x must be (B, C, H, W) or (B, C, D, H, W), not of shape {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x must have at least one channel and one position, not the shape {tuple(x.shape)}")
     if weight.ndim != x.ndim or weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
         raise ValueError(
             f"weight must be (C, 1, *k) with C = {x.shape[1]} and {x.ndim - 2} axes k for x of shape {tuple(x.shape)},"
@@ -48,13 +51,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight must have odd kernel sizes, not {tuple(weight.shape[2:])}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (C,) with C = {weight.shape[0]}, not of shape {tuple(bias.shape)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x must be float32, float16, bfloat16 or float64, not {x.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, not {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, not {tensor.device}")
+    check_dtype("x", x)
+    check_alike("weight", weight, "x", x)
+    if bias is not None:
+        check_alike("bias", bias, "x", x)
 
 
 torch.library.define(

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 Impl = Literal["auto", "reference", "cpu", "triton"]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("triton", "cpu", "reference")  # fastest first
+OPERATORS = ("bidirectional_attention", "depthwise_conv", "depthwise_separable_conv")
 
 
 def refusal(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> str | None:
@@ -45,7 +44,7 @@ def choose(operator: str, impl: str, tensors: tuple[Tensor, ...]) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `impl="auto"` does: the backend that runs, and for each faster or slower one that cannot, the reason."""
+    """What `impl="auto"` does: the backend that runs, and the reason of each that cannot."""
 
     operator: str
     backend: str
@@ -67,19 +66,3 @@ def explain(operator: str | Callable[..., Any], *tensors: Tensor) -> Explanation
         backend=choose(name, "auto", tensors),
         refusals={backend: reason for backend, reason in reasons.items() if reason is not None},
     )
-
-
-OPERATORS = ("bidirectional_attention", "depthwise_conv", "depthwise_separable_conv")
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast, if it is on for the device of `x`, lowers floating inputs other than float64."""
-    device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
-
-
-def lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` as autocast would pass it to an operator that runs in `dtype`."""
-    return x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
