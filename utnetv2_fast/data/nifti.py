@@ -151,8 +151,8 @@ def write_label(file: Path, label: NDArray[np.uint8], grid: Grid) -> None:
         header.set_data_dtype(np.uint8)
         # The display window and the extensions (a DICOM header, say) describe the scan, not the label.
         header["cal_min"] = header["cal_max"] = 0
-        header.extensions = type(header.extensions)()
-        kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+        header.extensions.clear()
+        kind: type[nib.Nifti1Image] = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
         image = kind(native.reshape(header.get_data_shape()), grid.affine, header)
     with atomic_write(file) as temporary:
         nib.save(image, temporary)

@@ -101,6 +101,11 @@ class _StoredFingerprint(BaseModel):
     fingerprint: Fingerprint
 
 
+def default_folder(dataset: Dataset, dimensions: Dimensions) -> Path:
+    """Where a dataset's prepared cases go when nobody says: `prepared/FOLDER-2d` in the working directory."""
+    return Path("prepared") / f"{dataset.folder.resolve().name}-{dimensions}d"
+
+
 def prepare(dataset: Dataset, folder: Path, dimensions: Dimensions, track: Track = silent) -> Prepared:
     """Verify `dataset`, plan it and store every case under `folder`; only what changed since the last time is done.
 
