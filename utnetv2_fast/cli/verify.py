@@ -20,11 +20,11 @@ def verify(
 
     Example: utnetv2-fast verify data/hippocampus
     """
-    from utnetv2_fast.data.dataset import read_dataset
+    from utnetv2_fast.data.dataset import inspect_dataset
     from utnetv2_fast.data.verify import find_problems
 
-    content = read_dataset(dataset)
-    problems = find_problems(content, track)
+    content, problems = inspect_dataset(dataset)
+    problems += find_problems(content, track)
     if json:
         print_json({"dataset": content.name, "cases": len(content.cases), "problems": problems})
     else:

@@ -8,13 +8,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from utnetv2_fast.data.dataset import Dataset, read_dataset
-from utnetv2_fast.data.nifti import file_stem
+from utnetv2_fast.data.nifti import file_stem, read_scan
+from utnetv2_fast.data.threads import map_in_threads
+from utnetv2_fast.data.verify import scan_digest
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.progress import Track, silent
 
@@ -38,7 +40,8 @@ def convert_acdc(source: Path, destination: Path, track: Track = silent) -> Data
     """The ACDC challenge's training set as an nnU-Net raw folder, with `cases.csv`: case, patient, group, phase.
 
     `source` holds `patientNNN/Info.cfg`, `patientNNN_frameFF.nii.gz` and `patientNNN_frameFF_gt.nii.gz`, or a folder
-    `training` that does. The destination appears when it is complete; one that holds this conversion already is left
+    `training` that does. Patients with identical scans (074 and 076: one scan, annotated twice) count as one patient,
+    so that no fold has one scan on both sides. The destination appears when it is complete; one that holds this conversion already is left
     as it is. Raises InputError for another layout and for a destination with other content.
     """
     source, destination = Path(source), Path(destination)
@@ -47,6 +50,7 @@ def convert_acdc(source: Path, destination: Path, track: Track = silent) -> Data
     if not patients:
         raise InputError(f"{source}: no folder patientNNN in it; give the unpacked training set of the ACDC challenge.")
     frames = [frame for patient in patients for frame in _acdc_frames(patient)]
+    people = _same_people(frames, track)
     copies = {f"imagesTr/{frame.name}_0000.nii.gz": frame.image for frame in frames}
     copies |= {f"labelsTr/{frame.name}.nii.gz": frame.label for frame in frames}
     texts = {
@@ -61,7 +65,7 @@ def convert_acdc(source: Path, destination: Path, track: Track = silent) -> Data
             indent=2,
         ),
         "cases.csv": _table(
-            [("case", "patient", "group", "phase"), *((f.name, f.patient, f.group, f.phase) for f in frames)]
+            [("case", "patient", "group", "phase"), *((f.name, people[f.patient], f.group, f.phase) for f in frames)]
         ),
     }
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -79,10 +83,11 @@ def convert_acdc(source: Path, destination: Path, track: Track = silent) -> Data
 
 
 def _acdc_frames(patient: Path) -> Iterator[_Frame]:
+    """End-diastole and end-systole, as Info.cfg names them."""
     info_file = patient / "Info.cfg"
     if not info_file.is_file():
         raise InputError(f"{info_file}: no such file; give the unpacked training set of the ACDC challenge.")
-    lines = info_file.read_text(encoding="utf-8").splitlines()
+    lines = info_file.read_text(encoding="utf-8", errors="replace").splitlines()
     info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     for phase in ("ED", "ES"):
         if not info.get(phase, "").isdecimal() or not info.get("Group"):
@@ -95,6 +100,18 @@ def _acdc_frames(patient: Path) -> Iterator[_Frame]:
             if not file.is_file():
                 raise InputError(f"{file}: no such file, but {info_file} names its frame; download the patient again.")
         yield frame
+
+
+def _same_people(frames: Sequence[_Frame], track: Track) -> dict[str, str]:
+    """{patient: the first patient with the same scan, or itself}"""
+    digests = map_in_threads(lambda frame: scan_digest(read_scan([frame.image])), frames, track, "Reading")
+    owners: dict[bytes, str] = {}
+    people: dict[str, str] = {}
+    for frame, digest in zip(frames, digests, strict=True):
+        owner = owners.setdefault(digest, frame.patient)
+        if people.get(frame.patient, frame.patient) == frame.patient:
+            people[frame.patient] = people.get(owner, owner)
+    return people
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

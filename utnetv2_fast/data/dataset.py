@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,25 @@ def read_dataset(folder: Path) -> Dataset:
     nnU-Net v2 raw: `imagesTr/CASE_0000.nii.gz` (one file per channel) and `labelsTr/CASE.nii.gz`, or the paths under
     "dataset"; Decathlon: the paths under "training". `cases.csv` has the columns case, patient and any others, which
     become `Case.metadata`; without it every case is a patient of its own.
-    Raises InputError for whatever is missing, malformed or outside the folder. No image is opened.
+    Raises InputError for the first thing that is missing, malformed or outside the folder. No image is opened.
     """
+    dataset, problems = inspect_dataset(folder)
+    if problems:
+        raise InputError(first_of(problems))
+    return dataset
+
+
+def inspect_dataset(folder: Path) -> tuple[Dataset, list[str]]:
+    """As `read_dataset`, but with the cases that can be used and all problems of the others, a sentence each."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the folder that holds dataset.json.")
     file = folder / "dataset.json"
     content = _read_json(file)
+    labels = _labels(file, content.labels)
     channels = tuple(content.channels[index] for index in sorted(content.channels))
-    if content.file_ending not in ENDINGS:
-        raise InputError(f"{file}: file_ending is {content.file_ending}; convert the scans to .nii.gz first.")
+    found: list[tuple[str, tuple[Path, ...], Path]]
+    problems: list[str] = []
     if content.dataset:
         found = [(name, tuple(entry.images), entry.label) for name, entry in content.dataset.items()]
     elif content.training:
@@ -85,27 +94,33 @@ def read_dataset(folder: Path) -> Dataset:
             for entry in content.training
         ]
     else:
+        scans = [scan for scan in _nifti_files(folder / "imagesTr") if scan.name.endswith(content.file_ending)]
+        groups, problems = _group_channels(scans, len(channels))
         found = [
-            (
-                name,
-                tuple(image.relative_to(folder) for image in images),
-                Path("labelsTr") / f"{name}{content.file_ending}",
-            )
-            for name, images in _group_channels(
-                (image for image in _nifti_files(folder / "imagesTr") if image.name.endswith(content.file_ending)),
-                len(channels),
-            ).items()
+            (name, tuple(image.relative_to(folder) for image in images), Path(f"labelsTr/{name}{content.file_ending}"))
+            for name, images in groups.items()
         ]
-    if not found:
+    if not found and not problems:
         raise InputError(f"{folder}: no case in it; put scans into imagesTr and label maps into labelsTr.")
-    patients = _read_patients(folder / "cases.csv", [name for name, _, _ in found])
-    cases = [
-        _checked_case(folder, len(channels), name, images, label, *patients[name])
-        for name, images, label in sorted(found)
+    names = Counter(name for name, _, _ in found)
+    problems += [
+        f"{file}: names the case {name} {n} times; name every case once." for name, n in names.items() if n > 1
     ]
-    if repeated := [name for name, count in Counter(case.name for case in cases).items() if count > 1]:
-        raise InputError(f"{file}: lists the case {repeated[0]} more than once; give every case one name.")
-    return Dataset(folder, content.name or folder.resolve().name, channels, _labels(file, content.labels), tuple(cases))
+    patients, found_in_table = _read_patients(folder / "cases.csv", names)
+    problems += found_in_table
+    cases = []
+    for name, images, label in sorted(found):
+        if wrong := _path_problems(folder, len(channels), name, images, label):
+            problems += wrong
+        elif name in patients:
+            patient, metadata = patients[name]
+            cases.append(Case(name, tuple(folder / image for image in images), folder / label, patient, metadata))
+    return Dataset(folder, content.name or folder.resolve().name, channels, labels, tuple(cases)), problems
+
+
+def first_of(problems: Sequence[str]) -> str:
+    """The first problem, and how many more there are."""
+    return problems[0] + (f" ({len(problems) - 1} more: see `utnetv2-fast verify`)" if len(problems) > 1 else "")
 
 
 def list_scans(files_or_folders: Sequence[Path], channels: int) -> list[Case]:
@@ -124,11 +139,16 @@ def list_scans(files_or_folders: Sequence[Path], channels: int) -> list[Case]:
             files += found
         elif not path.is_file():
             raise InputError(f"{path}: no such file or folder; check the path.")
+        elif not path.name.endswith(ENDINGS):
+            raise InputError(f"{path}: only .nii and .nii.gz are read; convert the scan to NIfTI first.")
         else:
             files.append(path)
     if not files:
         raise InputError("No scan to read; give .nii or .nii.gz files or a folder that holds them.")
-    return [Case(name, images, None, name) for name, images in sorted(_group_channels(files, channels).items())]
+    groups, problems = _group_channels(files, channels)
+    if problems:
+        raise InputError(problems[0])
+    return [Case(name, images, None, name) for name, images in sorted(groups.items())]
 
 
 def _read_json(file: Path) -> _DatasetFile:
@@ -182,80 +202,74 @@ def _listed_images(folder: Path, image: Path, channels: int) -> tuple[Path, ...]
     return split if (folder / split[0]).exists() else (image,)
 
 
-def _group_channels(files: Iterable[Path], channels: int) -> dict[str, tuple[Path, ...]]:
-    """{case: its files in the order of the channels}; InputError for two files of one channel and for gaps."""
-    files = list(files)
-    suffixed = [re.fullmatch(r"(.+)_(\d{4})", file_stem(file)) for file in files]
-    if channels > 1 and any(suffixed) and not all(suffixed):
-        odd = files[suffixed.index(None)]
-        raise InputError(f"{odd}: its name lacks the channel that other names have; rename it CASE_0000.nii.gz.")
-    if not all(match and (channels > 1 or match[2] == "0000") for match in suffixed):
-        suffixed = [None] * len(files)
+def _group_channels(files: Sequence[Path], channels: int) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
+    """{case: its files in the order of the channels}, and what is wrong with the cases left out."""
+    matches = [re.fullmatch(r"(.+)_(\d{4})", file_stem(file)) for file in files]
+    # With one channel scan_0001 may well be the name of a scan; with several, names without a channel are 4D files.
+    suffixed = any(matches) if channels > 1 else all(match and match[2] == "0000" for match in matches)
+    problems = []
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
-    for file, match in zip(files, suffixed, strict=True):
-        name, channel = (match[1], int(match[2])) if match else (file_stem(file), 0)
+    for file, match in zip(files, matches, strict=True):
+        if suffixed and match is None:
+            problems.append(f"{file}: its name lacks the channel that others have; rename it to end with _0000.")
+            continue
+        name, channel = (match[1], int(match[2])) if suffixed and match else (file_stem(file), 0)
         if channel in groups[name]:
-            raise InputError(f"{file}: {groups[name][channel]} is the same scan by its name; leave one of them out.")
-        groups[name][channel] = file
+            problems.append(f"{file}: by its name the same scan as {groups[name][channel]}; remove one of them.")
+        groups[name].setdefault(channel, file)
+    expected = set(range(channels if suffixed else 1))
+    complete = {}
     for name, found in groups.items():
-        expected = range(channels) if any(suffixed) else range(1)
-        if surplus := sorted(set(found) - set(expected)):
-            raise InputError(f"{found[surplus[0]]}: channel {surplus[0]} of {channels} named channels; remove it.")
-        if missing := sorted(set(expected) - set(found)):
-            folder = next(iter(found.values())).parent
-            raise InputError(
-                f"{folder}: channel {missing[0]} of case {name} is missing; add {name}_{missing[0]:04d}.nii.gz."
-            )
-    return {name: tuple(file for _, file in sorted(found.items())) for name, found in groups.items()}
+        folder = next(iter(found.values())).parent
+        problems += [
+            f"{folder}: channel {channel} of case {name} is missing; add {name}_{channel:04d}.nii.gz."
+            for channel in sorted(expected - found.keys())
+        ]
+        problems += [
+            f"{found[channel]}: channel {channel}, but the dataset has {channels} channel(s); remove it."
+            for channel in sorted(found.keys() - expected)
+        ]
+        if found.keys() == expected:
+            complete[name] = tuple(found[channel] for channel in sorted(expected))
+    return complete, problems
 
 
-def _read_patients(file: Path, names: Sequence[str]) -> dict[str, tuple[str, Mapping[str, str]]]:
-    """{case: (patient, metadata)}"""
+def _read_patients(file: Path, names: Collection[str]) -> tuple[dict[str, tuple[str, Mapping[str, str]]], list[str]]:
+    """{case: (patient, metadata)} of `cases.csv`, and what is wrong with it."""
     if not file.exists():
-        return {name: (name, {}) for name in names}
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
-    known = set(names)
+        return {name: (name, {}) for name in names}, []
     patients: dict[str, tuple[str, Mapping[str, str]]] = {}
+    problems = []
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not a table of comma-separated values in UTF-8 ({error}); save it as one.") from None
     for number, row in enumerate(rows, start=2):
-        if not row.get("case") or not row.get("patient") or None in row or None in row.values():
-            raise InputError(
-                f"{file}: line {number} lacks a case, a patient or a column; fill in one value per column."
-            )
-        if row["case"] not in known:
-            raise InputError(
-                f"{file}: line {number} names the case {row['case']}, which the dataset has not; remove it."
-            )
-        if row["case"] in patients:
-            raise InputError(f"{file}: line {number} names the case {row['case']} again; keep one line per case.")
-        metadata = {column: value for column, value in row.items() if column not in ("case", "patient")}
-        patients[row["case"]] = row["patient"], metadata
-    if missing := [name for name in names if name not in patients]:
-        raise InputError(f"{file}: no line for the case {missing[0]}; add one.")
-    return patients
+        case, patient = row.pop("case", None), row.pop("patient", None)
+        if not case or not patient or None in row or None in row.values():
+            problems.append(f"{file}: line {number} lacks a case, a patient or a column; fill in one value per column.")
+        elif case not in names:
+            problems.append(f"{file}: line {number} names the case {case}, which the dataset has not; remove it.")
+        elif case in patients:
+            problems.append(f"{file}: line {number} names the case {case} again; keep one line per case.")
+        else:
+            patients[case] = patient, row
+    problems += [f"{file}: no line for the case {name}; add one." for name in names if name not in patients]
+    return patients, problems
 
 
-def _checked_case(
-    folder: Path,
-    channels: int,
-    name: str,
-    images: tuple[Path, ...],
-    label: Path,
-    patient: str,
-    metadata: Mapping[str, str],
-) -> Case:
+def _path_problems(folder: Path, channels: int, name: str, images: tuple[Path, ...], label: Path) -> list[str]:
     # Case names become file names.
     if not re.fullmatch(r"[^./\\][^/\\]*", name):
-        raise InputError(f"{folder / 'dataset.json'}: {name!r} cannot name a case; use letters, digits, - and _.")
+        return [f"{folder / 'dataset.json'}: {name!r} cannot name a case; use letters, digits, - and _."]
+    problems = []
     if len(images) not in (1, channels):
-        raise InputError(
-            f"{folder / 'dataset.json'}: case {name} has {len(images)} images for {channels} channels; list one each."
-        )
-    for path in (*images, label):
+        problems.append(f"{folder / 'dataset.json'}: case {name} lists {len(images)} images for {channels} channels.")
+    for path, what in [*((image, "image") for image in images), (label, "label map")]:
         file = folder / path
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{folder / 'dataset.json'}: {path} lies outside {folder}; copy the file into the folder.")
-        if not file.is_file():
-            what = "label map" if path == label else "image"
-            raise InputError(f"{file}: no such file, but it is the {what} of case {name}; add it.")
-    return Case(name, tuple(folder / image for image in images), folder / label, patient, metadata)
+            problems.append(f"{file}: lies outside {folder} ({file.resolve()}); copy the file into the folder.")
+        elif not file.is_file():
+            problems.append(f"{file}: no such file, but it is the {what} of case {name}; add it or leave the case out.")
+    return problems

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from utnetv2_fast.data.dataset import Case, Dataset
+from utnetv2_fast.data.dataset import Case, Dataset, first_of
 from utnetv2_fast.data.threads import map_in_threads
-from utnetv2_fast.data.verify import absent_classes, check_case
+from utnetv2_fast.data.verify import CaseReport, all_problems, check_case
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.progress import Track, silent
 
@@ -70,31 +70,22 @@ def compute_fingerprint(dataset: Dataset, track: Track = silent) -> Fingerprint:
     """
     samples = _SAMPLED_VOXELS // len(dataset.cases)
 
-    def measure(case: Case) -> tuple[list[str], frozenset[int], Any]:
-        checked = check_case(dataset, case)
-        if checked.problems or checked.scan is None or checked.label is None:
-            return checked.problems, checked.classes, None
-        image = checked.scan.image
-        box = nonzero_box(image)
-        shape = tuple(part.stop - part.start for part in box)
+    def measure(case: Case) -> tuple[CaseReport, CaseFingerprint | None, NDArray[np.float32] | None]:
+        report, scan, label = check_case(dataset, case)
+        if report.problems or scan is None or label is None:
+            return report, None, None
+        shape = tuple(part.stop - part.start for part in nonzero_box(scan.image))
         fingerprint = CaseFingerprint(
-            shape=shape, spacing=checked.scan.grid.spacing, relative_size=float(np.prod(shape) / image[0].size)
+            shape=shape, spacing=scan.grid.spacing, relative_size=prod(shape) / scan.image[0].size
         )
-        return [], checked.classes, (fingerprint, _sample(image, checked.label, samples))
+        return report, fingerprint, _sample(scan.image, label, samples)
 
-    results = map_in_threads(measure, dataset.cases, track, "Reading")
-    problems = [problem for found, _, _ in results for problem in found]
-    problems += absent_classes(dataset, (classes for _, classes, _ in results))
-    if problems:
-        others = f" ({len(problems) - 1} more: see `utnetv2-fast verify`)" if len(problems) > 1 else ""
-        raise InputError(problems[0] + others)
-    measured = [facts for _, _, facts in results]
+    reports, fingerprints, drawn = zip(*map_in_threads(measure, dataset.cases, track, "Reading"), strict=True)
+    if problems := all_problems(dataset, reports):
+        raise InputError(first_of(problems))
     return Fingerprint(
-        cases={case.name: fingerprint for case, (fingerprint, _) in zip(dataset.cases, measured, strict=True)},
-        intensities=tuple(
-            _statistics(np.concatenate([sample[channel] for _, sample in measured]))
-            for channel in range(len(dataset.channels))
-        ),
+        cases={case.name: fingerprint for case, fingerprint in zip(dataset.cases, fingerprints, strict=True)},
+        intensities=tuple(_statistics(np.concatenate(channel)) for channel in zip(*drawn, strict=True)),
     )
 
 

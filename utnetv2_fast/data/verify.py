@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,69 +16,79 @@ from utnetv2_fast.errors import InputError
 from utnetv2_fast.progress import Track, silent
 
 
-@dataclass
-class CheckedCase:
-    """A labelled case as read, with its problems; scan and label are None when they cannot be read."""
+@dataclass(frozen=True)
+class CaseReport:
+    """What one case tells of itself: its problems, the label values in it, a digest of its voxels (None: unread)."""
 
-    problems: list[str] = field(default_factory=list)
-    scan: Scan | None = None
-    label: NDArray[np.uint8] | None = None
-    classes: frozenset[int] = frozenset()
+    problems: tuple[str, ...]
+    classes: frozenset[int]
+    digest: bytes | None
 
 
-def check_case(dataset: Dataset, case: Case) -> CheckedCase:
-    """Read one case and collect all that is wrong with it."""
-    checked = CheckedCase()
-    label_grid = None
+def scan_digest(scan: Scan) -> bytes:
+    """Equal for scans with the same voxels, whatever their files are called and however they are compressed."""
+    return hashlib.blake2b(scan.image.data, digest_size=16).digest()
+
+
+def check_case(dataset: Dataset, case: Case) -> tuple[CaseReport, Scan | None, NDArray[np.uint8] | None]:
+    """Read one labelled case; the scan and the label map are None when they cannot be read."""
+    problems, classes, digest = [], frozenset[int](), None
+    scan, label, label_grid = None, None, None
     try:
-        checked.scan = read_scan(case.images, len(dataset.channels))
+        scan = read_scan(case.images, len(dataset.channels))
+        digest = scan_digest(scan)
+        if scan.image.min() == scan.image.max():
+            problems.append(f"{case.images[0]}: all its voxels have one value; export the scan again.")
     except InputError as error:
-        checked.problems.append(str(error))
-    if case.label is not None:
-        try:
-            checked.label, label_grid = read_label(case.label)
-        except InputError as error:
-            checked.problems.append(str(error))
-    if checked.scan is not None:
-        constant = [np.ptp(channel) == 0 for channel in checked.scan.image]
-        if all(constant):
-            checked.problems.append(f"{case.images[0]}: all voxels have one value; export the scan again.")
-    if checked.label is not None:
-        counts = np.bincount(checked.label.ravel(), minlength=256)
-        checked.classes = frozenset(np.flatnonzero(counts).tolist())
-        if undeclared := sorted(checked.classes - set(dataset.labels.values())):
-            checked.problems.append(
-                f"{case.label}: {counts[undeclared].sum()} voxels have values that dataset.json does not name "
-                f"({', '.join(map(str, undeclared))}); name them there or relabel the voxels."
+        problems.append(str(error))
+    try:
+        if case.label is not None:
+            label, label_grid = read_label(case.label)
+    except InputError as error:
+        problems.append(str(error))
+    if label is not None:
+        counts = sum(np.bincount(plane.ravel(), minlength=256) for plane in label)
+        classes = frozenset(np.flatnonzero(counts).tolist())
+        if undeclared := sorted(classes - set(dataset.labels.values())):
+            problems.append(
+                f"{case.label}: has values that dataset.json does not name ({', '.join(map(str, undeclared))}); name "
+                "them there or relabel the voxels."
             )
-    if checked.scan is not None and label_grid is not None:
-        difference = grid_difference(checked.scan.grid, label_grid)
-        if difference:
-            checked.problems.append(
-                f"{case.label}: its grid differs from that of {case.images[0].name} ({difference}); resample the "
-                "label map to the grid of its scan."
-            )
-    return checked
+    if scan and label_grid and (difference := grid_difference(scan.grid, label_grid)):
+        problems.append(
+            f"{case.label}: its grid differs from that of {case.images[0].name} ({difference}); resample the label "
+            "map to the grid of its scan."
+        )
+    return CaseReport(tuple(problems), classes, digest), scan, label
 
 
-def absent_classes(dataset: Dataset, present: Iterable[frozenset[int]]) -> list[str]:
-    """A sentence for each class that no case contains."""
-    found = frozenset[int]().union(*present)
-    return [
-        f"{dataset.folder / 'dataset.json'}: no case contains the class {name} (value {value}); leave it out or add a "
-        "case that shows it."
+def all_problems(dataset: Dataset, reports: Sequence[CaseReport]) -> list[str]:
+    """The problems of the cases, one report each, then those that only all cases together show."""
+    problems = [problem for report in reports for problem in report.problems]
+    first: dict[bytes, Case] = {}
+    for case, report in zip(dataset.cases, reports, strict=True):
+        if report.digest is None:
+            continue
+        twin = first.setdefault(report.digest, case)
+        if twin.patient != case.patient:
+            problems.append(
+                f"{case.images[0]}: the same scan as {twin.images[0].name}, which would stand in training and "
+                "validation at once; remove one or give both one patient in cases.csv."
+            )
+    found = frozenset[int]().union(*(report.classes for report in reports))
+    problems += [
+        f"{dataset.folder / 'dataset.json'}: no case that can be read contains the class {name} (value {value}); leave "
+        "it out or add a case that shows it."
         for name, value in dataset.labels.items()
         if value and value not in found
     ]
+    return problems
 
 
 def find_problems(dataset: Dataset, track: Track = silent) -> list[str]:
     """Every problem of every case, in the order of the cases; an empty list means that the dataset can be used."""
 
-    def check(case: Case) -> tuple[list[str], frozenset[int]]:
-        checked = check_case(dataset, case)
-        return checked.problems, checked.classes
+    def check(case: Case) -> CaseReport:
+        return check_case(dataset, case)[0]
 
-    results = map_in_threads(check, dataset.cases, track, "Verifying")
-    problems = [problem for found, _ in results for problem in found]
-    return problems + absent_classes(dataset, (classes for _, classes in results))
+    return all_problems(dataset, map_in_threads(check, dataset.cases, track, "Verifying"))
