@@ -1,0 +1,62 @@
+"""`utnetv2-fast predict`: label maps of scans, by a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from utnetv2_fast.cli.console import Json, console, print_json, track
+
+
+def predict(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="A run folder; several are averaged.", show_default=False),
+    ],
+    inputs: Annotated[
+        list[Path],
+        typer.Option("--input", "-i", help="A folder of scans, or files CASE_0000.nii.gz.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write CASE.nii.gz to.", show_default=False)],
+    weights: Annotated[
+        Literal["last", "best"], typer.Option(help="The network at the end of training, or at its best validation.")
+    ] = "last",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Average over all flips too, 4 or 8 times the work.")
+    ] = False,
+    weighting: Annotated[
+        Literal["gaussian", "uniform"], typer.Option(help="How overlapping windows are averaged.")
+    ] = "gaussian",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Windows at once.", show_default="by their size")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace label maps that exist already.")] = False,
+    json: Json = False,
+) -> None:
+    """Segment scans; each label map lies on its scan's own grid.
+
+    Example: utnetv2-fast predict runs/acdc -i scans/ -o predictions/
+    """
+    from utnetv2_fast.data.dataset import list_scans
+    from utnetv2_fast.data.nifti import ENDINGS
+    from utnetv2_fast.inference.predict import Predictor, predict_files
+
+    # The shell writes `-i *.nii.gz` out, and all files but the first arrive as arguments.
+    scans = [path for path in runs if path.name.endswith(ENDINGS)]
+    predictor = Predictor.load(
+        [path for path in runs if path not in scans],
+        weights=weights,
+        device=device,
+        batch_size=batch_size,
+        weighting=weighting,
+        mirror=mirror,
+    )
+    cases = list_scans([*inputs, *scans], len(predictor.plan.channels))
+    files = predict_files(predictor, cases, out, track, overwrite=overwrite)
+    if json:
+        print_json({"predictions": {case.name: file for case, file in zip(cases, files, strict=True)}})
+    else:
+        console.print(f"{out}: {len(files)} label maps.", highlight=False)

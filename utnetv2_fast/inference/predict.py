@@ -1,0 +1,211 @@
+"""From a scan to its label map on the scan's own grid, with the networks of one run or the average of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from utnetv2_fast.data.dataset import Case
+from utnetv2_fast.data.nifti import Scan, label_to_native, read_scan, scan_from_array, write_label
+from utnetv2_fast.data.plan import Plan
+from utnetv2_fast.data.preprocess import preprocess_image, restore_label
+from utnetv2_fast.devices import autocast_dtype, resolve_device
+from utnetv2_fast.errors import InputError
+from utnetv2_fast.inference.sliding_window import Weighting, sliding_window
+from utnetv2_fast.progress import Track, silent
+from utnetv2_fast.training.run_folder import RunFolder, Weights
+
+# Windows share a batch up to this many voxels: sixteen slices of 256 x 256, or one volume of 128^3.
+_VOXELS_PER_BATCH = 2**20
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Segments scans as `plan` prepares them, in windows of the size the networks were trained on.
+
+    `models` lie on `device`, in evaluation mode; the probabilities of several are averaged. They run under autocast to
+    `autocast`, or in float32 when it is None. `batch_size` counts windows; None fits it to the window. With `mirror`
+    the predictions for every combination of flips are averaged, which takes 4 (2D) or 8 (3D) times as long.
+    """
+
+    models: Sequence[nn.Module]
+    plan: Plan
+    patch_size: tuple[int, ...]
+    device: torch.device
+    autocast: torch.dtype | None = None
+    batch_size: int | None = None
+    weighting: Weighting = "gaussian"
+    mirror: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.models or any(model.training for model in self.models):
+            raise ValueError("models must be one or more networks in evaluation mode")
+
+    @classmethod
+    def load(
+        cls,
+        runs: Sequence[str | Path],
+        *,
+        weights: Weights = "last",
+        device: str = "auto",
+        batch_size: int | None = None,
+        weighting: Weighting = "gaussian",
+        mirror: bool = False,
+    ) -> Predictor:
+        """The predictor of a run folder, or of several (the folds of one dataset, say) as an ensemble.
+
+        Raises InputError for what is no run folder, runs of different plans or window sizes, and an absent device.
+        """
+        if not runs:
+            raise InputError("No run to predict with; name a run folder that `train` wrote.")
+        target = resolve_device(device)
+        folders = [RunFolder(Path(run)) for run in runs]
+        configs = [folder.config for folder in folders]
+        first = configs[0]
+        for folder, config in zip(folders, configs, strict=True):
+            if (config.model.num_classes, config.model.in_channels) != (
+                config.plan.num_classes,
+                len(config.plan.channels),
+            ):
+                raise InputError(
+                    f"{folder.config_file}: the network has other classes or channels than the plan; train anew."
+                )
+            if (config.plan, config.patch_size) != (first.plan, first.patch_size):
+                raise InputError(
+                    f"{folder.path}: its classes, channels, spacing or window differ from those of {folders[0].path}; "
+                    "average only runs of one prepared dataset."
+                )
+        models = [folder.load_model(weights).to(target) for folder in folders]
+        return cls(models, first.plan, first.patch_size, target, autocast_dtype(target), batch_size, weighting, mirror)
+
+    def __call__(self, scan: Scan) -> NDArray[np.uint8]:
+        """The label map (Z, Y, X) of a scan, on its canonical grid."""
+        image, geometry = preprocess_image(scan, self.plan)
+        return restore_label(self.probabilities(image), geometry, self.plan)
+
+    def probabilities(self, image: NDArray[np.float32]) -> Tensor:
+        """Preprocessed image (C, D, H, W) -> class probabilities (K, D, H, W) float32, K the number of classes.
+
+        They lie on the predictor's device if it has room for them, else on the CPU.
+        """
+        volume = torch.from_numpy(image)
+        in_slices = self.plan.dimensions == 2
+        images = volume.movedim(1, 0) if in_slices else volume[None]  # (D, C, H, W) or (1, C, D, H, W)
+        images = images.to(self._device_for_sums(math.prod(volume.shape[1:])))
+        averages = (
+            sliding_window(
+                partial(self._logits, model),
+                images,
+                self.patch_size,
+                weighting=self.weighting,
+                batch_size=self.batch_size or max(1, _VOXELS_PER_BATCH // math.prod(self.patch_size)),
+                mirror_axes=range(self.plan.dimensions) if self.mirror else (),
+            )
+            for model in self.models
+        )
+        average = next(averages)
+        for other in averages:
+            average += other
+        average /= len(self.models)
+        return average.movedim(1, 0) if in_slices else average[0]
+
+    def _logits(self, model: nn.Module, windows: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            logits: Tensor = model(windows.to(self.device))
+        return logits
+
+    def _device_for_sums(self, voxels: int) -> torch.device:
+        """The GPU if its free memory is at least four times what the float32 probabilities of a scan take."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if 4 * 4 * self.plan.num_classes * voxels > free:
+                return torch.device("cpu")
+        return self.device
+
+
+def predict_files(
+    predictor: Predictor, cases: Sequence[Case], folder: Path, track: Track = silent, *, overwrite: bool = False
+) -> list[Path]:
+    """Write the label map of every case to `folder/CASE.nii.gz`, on the scan's own grid: the files, in order.
+
+    Raises InputError, before anything is predicted, when a file would replace an input, or an existing file without
+    `overwrite`. A scan that cannot be read does not stop the others: InputError names all of those at the end.
+    """
+    targets = [folder / f"{case.name}.nii.gz" for case in cases]
+    for case, target in zip(cases, targets, strict=True):
+        if target.resolve() in [image.resolve() for image in case.images]:
+            raise InputError(f"{target}: the prediction would replace its own scan; write to another folder.")
+        if target.exists() and not overwrite:
+            raise InputError(f"{target}: exists already; write to another folder, or replace it with --overwrite.")
+    written, problems = [], []
+    for case, target in track(list(zip(cases, targets, strict=True)), "Predicting"):
+        try:
+            scan = _read_channels(case.images, predictor.plan)
+        except InputError as problem:
+            problems.append(str(problem))
+            continue
+        write_label(target, predictor(scan), scan.grid)
+        written.append(target)
+    if problems:
+        raise InputError(
+            f"{len(problems)} of {len(cases)} scans could not be predicted, the others are in {folder}: "
+            + " ".join(problems)
+        )
+    return written
+
+
+def predict(
+    run: str | Path | Sequence[str | Path],
+    image: str | Path | Sequence[str | Path] | NDArray[np.generic],
+    affine: NDArray[np.floating] | None = None,
+    *,
+    weights: Weights = "last",
+    device: str = "auto",
+    weighting: Weighting = "gaussian",
+    mirror: bool = False,
+) -> NDArray[np.uint8]:
+    """Segment one scan: its label map uint8, voxel for voxel on the image's own grid and in its own orientation.
+
+    Args:
+        run: a run folder, or several, whose probabilities are averaged.
+        image: a NIfTI file, one file per channel, or an array (X, Y, Z) or (C, X, Y, Z) as nibabel loads it.
+        affine: (4, 4), voxel to world in mm; needed with an array, absent with files.
+        weights: the network at the end of training, or where it scored best on its validation fold.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        weighting: how overlapping windows are averaged.
+        mirror: average over all flips too.
+
+    Raises InputError for an image or a run that cannot be used. For many scans load a `Predictor` once.
+    """
+    if isinstance(image, np.ndarray) == (affine is None):
+        raise TypeError("predict needs an affine with an array, and none with files")
+    runs = [run] if isinstance(run, str | Path) else run
+    predictor = Predictor.load(runs, weights=weights, device=device, weighting=weighting, mirror=mirror)
+    if isinstance(image, np.ndarray):
+        assert affine is not None
+        scan = scan_from_array(image, affine)
+        if len(scan.image) != len(predictor.plan.channels):
+            raise InputError(f"The image has {len(scan.image)} channels, but {_trained_on(predictor.plan)}.")
+    else:
+        scan = _read_channels([Path(f) for f in ([image] if isinstance(image, str | Path) else image)], predictor.plan)
+    return label_to_native(predictor(scan), scan.grid)
+
+
+def _read_channels(files: Sequence[Path], plan: Plan) -> Scan:
+    """A scan with exactly the plan's channels."""
+    scan = read_scan(files, len(plan.channels))
+    if len(scan.image) != len(plan.channels):
+        raise InputError(f"{files[0]}: a scan of {len(scan.image)} channels, but {_trained_on(plan)}.")
+    return scan
+
+
+def _trained_on(plan: Plan) -> str:
+    return f"the run was trained on {len(plan.channels)} ({', '.join(plan.channels)}); give one file for each"
