@@ -1,0 +1,226 @@
+"""Depthwise convolution against torch's grouped convolution in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from utnetv2_fast.ops import depthwise_conv
+
+Case = tuple[tuple[int, ...], tuple[int, ...]]  # (B, C, *spatial), kernel
+
+CASES: list[Case] = [
+    ((2, 32, 12, 9), (3, 3)),
+    ((2, 5, 7, 8), (5, 1)),
+    ((1, 16, 6, 10, 8), (3, 3, 3)),
+    ((2, 7, 4, 9, 6), (1, 3, 3)),
+    ((2, 3, 2, 5, 4), (7, 1, 5)),
+    ((1, 1, 1, 1), (3, 3)),
+    ((1, 1, 1, 1, 1), (5, 3, 3)),
+    ((0, 3, 4, 5), (3, 3)),
+    ((0, 3, 4, 5, 6), (3, 3, 3)),
+]
+
+
+def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    convolution = F.conv2d if x.ndim == 4 else F.conv3d
+    return convolution(x, weight, bias, padding=[k // 2 for k in weight.shape[2:]], groups=x.shape[1])
+
+
+def contiguous(x: Tensor) -> Tensor:
+    return x
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """Half of the channels and every other column of a larger tensor."""
+    b, c, *spatial = x.shape
+    larger = torch.full((b, 2 * c, *spatial[:-1], 2 * spatial[-1]), torch.nan, dtype=x.dtype, device=x.device)
+    larger[:, c:, ..., 1::2] = x
+    return larger[:, c:, ..., 1::2]
+
+
+def permuted(x: Tensor) -> Tensor:
+    """Neither channels-first nor channels-last: the batch varies fastest."""
+    return x.permute(*range(1, x.ndim), 0).contiguous().permute(-1, *range(x.ndim - 1))
+
+
+def broadcast(x: Tensor) -> Tensor:
+    return x[:, :1].expand_as(x)
+
+
+LAYOUTS = [contiguous, channels_last, sliced, permuted, broadcast]
+Layout = Callable[[Tensor], Tensor]
+
+
+def make_inputs(
+    case: Case, layout: Layout = contiguous, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    (b, c, *spatial), kernel = case
+    x = layout(torch.randn(b, c, *spatial, dtype=dtype, device=device)).requires_grad_()
+    weight = torch.randn(c, 1, *kernel, dtype=dtype, device=device, requires_grad=True)
+    return x, weight, torch.randn(c, dtype=dtype, device=device, requires_grad=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_result_and_gradients_match_float64(
+    case: Case, dtype: torch.dtype, layout: Layout, device: torch.device, assert_accurate: Callable[..., None]
+) -> None:
+    inputs = make_inputs(case, layout, dtype, device)
+    exact_inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
+    result, eager, exact = depthwise_conv(*inputs), formula(*inputs), formula(*exact_inputs)
+    assert_accurate(result, eager, exact)
+    grad = layout(torch.randn_like(result, memory_format=torch.contiguous_format))
+    gradients = torch.autograd.grad(result, inputs, grad)
+    eager_gradients = torch.autograd.grad(eager, inputs, grad)
+    exact_gradients = torch.autograd.grad(exact, exact_inputs, grad.double())
+    for r, e, x in zip(gradients, eager_gradients, exact_gradients, strict=True):
+        assert_accurate(r, e, x, factor=3.0)
+
+
+odd = st.sampled_from([1, 3, 5])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 7), odd), min_size=2, max_size=3),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.sampled_from(LAYOUTS),
+)
+def test_any_shape_in_any_layout(axes: list[tuple[int, int]], b: int, c: int, layout: Layout) -> None:
+    spatial, kernel = zip(*axes, strict=True)
+    x, weight, _ = make_inputs(((b, c, *spatial), kernel), layout)
+    result, exact = depthwise_conv(x, weight), formula(x.double(), weight.double(), None)
+    torch.testing.assert_close(result.double(), exact, rtol=0, atol=1e-4)
+    grad = torch.randn_like(x)
+    gradients = torch.autograd.grad(result, (x, weight), grad)
+    for got, want in zip(gradients, torch.autograd.grad(exact, (x, weight), grad.double()), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("case", [((2, 3, 4, 5), (3, 5)), ((2, 2, 3, 4, 3), (3, 1, 3))], ids=str)
+def test_gradcheck(case: Case, with_bias: bool, device: torch.device) -> None:
+    inputs = make_inputs(case, channels_last, torch.float64, device)
+    assert gradcheck(depthwise_conv, inputs if with_bias else inputs[:2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [((2, 4, 6, 5), (3, 3)), ((2, 4, 3, 6, 5), (3, 3, 3))], ids=str)
+def test_result_keeps_the_layout_of_its_input(case: Case, layout: Layout) -> None:
+    x, weight, bias = make_inputs(case, layout)
+    result = depthwise_conv(x, weight, bias)
+    assert result.stride() == torch.empty_like(x).stride()
+    grad_x, grad_weight = torch.autograd.grad(result, (x, weight), torch.ones_like(result))
+    assert grad_x.stride() == result.stride()
+    assert grad_weight.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_frozen_inputs_cost_nothing_and_change_nothing(frozen: int) -> None:
+    inputs = make_inputs(((2, 4, 3, 6, 5), (3, 3, 3)))
+    expected = torch.autograd.grad(depthwise_conv(*inputs).sum(), inputs)
+    inputs[frozen].requires_grad_(False)
+    depthwise_conv(*inputs).sum().backward()
+    for index, (tensor, want) in enumerate(zip(inputs, expected, strict=True)):
+        assert tensor.grad is None if index == frozen else torch.equal(tensor.grad, want)
+
+
+def test_repeats_are_bit_identical() -> None:
+    inputs = make_inputs(((2, 16, 8, 12, 12), (3, 3, 3)))
+    grad = torch.randn_like(inputs[0])
+
+    def run() -> list[Tensor]:
+        result = depthwise_conv(*inputs)
+        return [result, *torch.autograd.grad(result, inputs, grad)]
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def test_autocast_lowers_like_torch(device: torch.device) -> None:
+    inputs = make_inputs(((2, 8, 6, 10, 8), (3, 3, 3)), device=device)
+    lowered = tuple(t.detach().bfloat16().requires_grad_() for t in inputs)
+    with torch.autocast(device.type, torch.bfloat16):
+        result = depthwise_conv(*inputs)
+        assert result.dtype == formula(*inputs).dtype
+        gradients = torch.autograd.grad(result, inputs, torch.ones_like(result))
+    expected = depthwise_conv(*lowered)
+    assert torch.equal(result, expected)
+    for got, want in zip(gradients, torch.autograd.grad(expected, lowered, torch.ones_like(expected)), strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, want.float())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [((2, 4, 6, 5), (3, 3)), ((2, 4, 3, 6, 5), (1, 3, 3))], ids=str)
+def test_opcheck(case: Case, layout: Layout, device: torch.device) -> None:
+    ops = torch.ops.utnetv2_fast
+    x, weight, bias = (t.detach() for t in make_inputs(case, layout, device=device))
+    grad = torch.randn_like(x)
+    torch.library.opcheck(ops.depthwise_conv.default, (x, weight, bias, "reference"))
+    torch.library.opcheck(ops.depthwise_conv.default, (x, weight, None, "reference"))
+    torch.library.opcheck(ops.depthwise_conv_backward_weight.default, (grad, x, weight, "reference"))
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_compiles_whole_with_any_size(dimensions: int, device: torch.device) -> None:
+    torch._dynamo.reset()
+
+    def step(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return depthwise_conv(depthwise_conv(x, weight, bias), weight).sin().sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (5, 8, 11):
+        case = ((2, 4, *[size] * dimensions), (3,) * dimensions)
+        inputs = make_inputs(case, channels_last, device=device)
+        loss, expected = compiled(*inputs), step(*inputs)
+        torch.testing.assert_close(loss, expected)
+        gradients = torch.autograd.grad(loss, inputs)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "weight", "bias"),
+    [
+        ("x", (2, 4, 6), (4, 1, 3), (4,)),
+        ("x", (2, 0, 6, 6), (0, 1, 3, 3), (0,)),
+        ("x", (2, 4, 0, 6), (4, 1, 3, 3), (4,)),
+        ("weight", (2, 4, 6, 6), (4, 1, 3), (4,)),
+        ("weight", (2, 4, 6, 6), (3, 1, 3, 3), (4,)),
+        ("weight", (2, 4, 6, 6), (4, 4, 3, 3), (4,)),
+        ("weight", (2, 4, 6, 6), (4, 1, 3, 2), (4,)),
+        ("weight", (2, 4, 6, 6), (4, 1, 3, 0), (4,)),
+        ("bias", (2, 4, 6, 6), (4, 1, 3, 3), (1,)),
+        ("bias", (2, 4, 6, 6), (4, 1, 3, 3), (4, 1)),
+    ],
+)
+def test_wrong_shapes_are_named(
+    name: str, x: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must "):
+        depthwise_conv(torch.zeros(x), torch.zeros(weight), torch.zeros(bias))
+
+
+def test_mixed_dtypes_and_devices_are_named() -> None:
+    x, weight, bias = (t.detach() for t in make_inputs(((2, 4, 6, 5), (3, 3))))
+    with pytest.raises(ValueError, match=r"^weight must have the dtype of x, torch.float32, not torch.float64"):
+        depthwise_conv(x, weight.double(), bias)
+    with pytest.raises(ValueError, match=r"^bias must be on the device of x, cpu, not meta"):
+        depthwise_conv(x, weight, bias.to("meta"))
+    with pytest.raises(ValueError, match=r"^x must be float32, float16, bfloat16 or float64, not torch.int32"):
+        depthwise_conv(x.int(), weight.int())
