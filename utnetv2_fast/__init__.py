@@ -1,1 +1,47 @@
 """UTNetV2 for medical scans: operators, models, and the whole way from a scan to its segmentation."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from utnetv2_fast.inference import predict
+    from utnetv2_fast.models import UTNetV2, UTNetV2Config
+    from utnetv2_fast.ops import bidirectional_attention, depthwise_conv, depthwise_separable_conv, explain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "UTNetV2",
+    "UTNetV2Config",
+    "__version__",
+    "bidirectional_attention",
+    "depthwise_conv",
+    "depthwise_separable_conv",
+    "explain",
+    "predict",
+]
+
+# Loaded when first asked for, because torch takes a second to import and `utnetv2-fast --help` needs none of it.
+_HOMES = {
+    "UTNetV2": "utnetv2_fast.models",
+    "UTNetV2Config": "utnetv2_fast.models",
+    "bidirectional_attention": "utnetv2_fast.ops",
+    "depthwise_conv": "utnetv2_fast.ops",
+    "depthwise_separable_conv": "utnetv2_fast.ops",
+    "explain": "utnetv2_fast.ops",
+    "predict": "utnetv2_fast.inference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
