@@ -177,6 +177,8 @@ def _uniform(effect: Effect, u: torch.Tensor) -> torch.Tensor:
 
 def _around_one(effect: Effect, u: torch.Tensor) -> torch.Tensor:
     """As often below 1 as above, uniform on either side, from u uniform in [0, 1) (nnU-Net's draw for factors)."""
+    if not effect.low < 1 < effect.high:
+        return _uniform(effect, u)
     side = 2 * u - 1
     return 1 + torch.where(side < 0, side * (1 - effect.low), side * (effect.high - 1))
 
