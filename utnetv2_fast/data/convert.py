@@ -41,8 +41,9 @@ def convert_acdc(source: Path, destination: Path, track: Track = silent) -> Data
 
     `source` holds `patientNNN/Info.cfg`, `patientNNN_frameFF.nii.gz` and `patientNNN_frameFF_gt.nii.gz`, or a folder
     `training` that does. Patients with identical scans (074 and 076: one scan, annotated twice) count as one patient,
-    so that no fold has one scan on both sides. The destination appears when it is complete; one that holds this conversion already is left
-    as it is. Raises InputError for another layout and for a destination with other content.
+    so that no fold has one scan on both sides. The destination appears when it is complete; one that holds this
+    conversion already is left as it is. Raises InputError for another layout, unreadable scans, and a destination
+    with other content.
     """
     source, destination = Path(source), Path(destination)
     folder = source / "training" if (source / "training").is_dir() else source

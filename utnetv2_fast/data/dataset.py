@@ -82,6 +82,8 @@ def inspect_dataset(folder: Path) -> tuple[Dataset, list[str]]:
         raise InputError(f"{folder}: no such folder; give the folder that holds dataset.json.")
     file = folder / "dataset.json"
     content = _read_json(file)
+    if content.file_ending not in ENDINGS:
+        raise InputError(f"{file}: file_ending is {content.file_ending}; convert the scans to .nii.gz first.")
     labels = _labels(file, content.labels)
     channels = tuple(content.channels[index] for index in sorted(content.channels))
     found: list[tuple[str, tuple[Path, ...], Path]]
@@ -174,7 +176,7 @@ def _labels(file: Path, labels: dict[str, Any]) -> dict[str, int]:
     for name, value in labels.items():
         if isinstance(value, list):
             raise InputError(f"{file}: label {name} is a region (a list of values), not supported; give it one value.")
-        if not isinstance(value, int):
+        if type(value) is not int:  # a bool is one too
             raise InputError(f"{file}: label {name} has the value {value!r}; give it an integer.")
     ordered = dict(sorted(labels.items(), key=lambda item: item[1]))
     if list(ordered.values()) != list(range(len(ordered))) or not 2 <= len(ordered) <= 256:

@@ -127,8 +127,9 @@ def read_label(file: Path) -> tuple[NDArray[np.uint8], Grid]:
     """
     volume, grid = _read(file)
     _require_single_volume(file, volume)
-    label = volume[0].astype(np.uint8, casting="unsafe") if np.isfinite(volume).all() else None
-    if label is None or not np.array_equal(label, volume[0]):
+    with np.errstate(invalid="ignore"):
+        label = volume[0].astype(np.uint8)
+    if not np.array_equal(label, volume[0]):
         raise InputError(f"{file}: a label map holds integers from 0 to 255, this one does not; export it again.")
     return np.ascontiguousarray(label), grid
 
@@ -161,10 +162,13 @@ def write_label(file: Path, label: NDArray[np.uint8], grid: Grid) -> None:
 def scan_from_array(image: NDArray[np.generic], affine: NDArray[Any]) -> Scan:
     """A scan from an array (X, Y, Z) or (C, X, Y, Z) and its affine (4, 4), voxel to world in mm (RAS+).
 
-    Raises InputError for another number of axes, an empty array, a singular affine, and values that are not finite.
+    Raises InputError for another number of axes, an empty array, values that are not real or not finite, and a
+    singular affine.
     """
     if image.ndim not in (3, 4) or image.size == 0:
         raise InputError(f"The image has shape {image.shape}; give (X, Y, Z) or (C, X, Y, Z) with at least one voxel.")
+    if image.dtype.kind not in "biuf":
+        raise InputError(f"The image holds {image.dtype} values; give real numbers.")
     affine = affine.astype(np.float64)
     if problem := _affine_problem(affine):
         raise InputError(f"The affine {problem}; give the (4, 4) matrix from voxel to world in mm.")
