@@ -137,7 +137,7 @@ def test_results_and_gradients_keep_the_layout_of_their_input(layout: Layout) ->
 
 @pytest.mark.parametrize("layout", [contiguous, channels_first])
 def test_without_map_only_the_tokens_are_updated(layout: Layout, device: torch.device) -> None:
-    q, v, map_q, map_v = inputs = make_inputs((2, 2, 33, 9, 8), layout, device=device)
+    inputs = make_inputs((2, 2, 33, 9, 8), layout, device=device)
     out, map_out = bidirectional_attention(*inputs, need_map=False)
     assert map_out is None
     both = bidirectional_attention(*inputs)
@@ -152,7 +152,9 @@ def test_without_map_only_the_tokens_are_updated(layout: Layout, device: torch.d
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_extreme_scores(size: float, dtype: torch.dtype, device: torch.device, assert_accurate: Callable[..., None]) -> None:
+def test_extreme_scores(
+    size: float, dtype: torch.dtype, device: torch.device, assert_accurate: Callable[..., None]
+) -> None:
     """Scores of +-1e4: one token of each softmax takes all, whole rows and columns are far from zero."""
     q, v, map_q, map_v = make_inputs((1, 2, 40, 9, 4), contiguous, dtype, device)
     with torch.no_grad():

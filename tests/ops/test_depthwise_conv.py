@@ -209,9 +209,7 @@ def test_compiles_whole_with_any_size(dimensions: int, device: torch.device) -> 
         ("bias", (2, 4, 6, 6), (4, 1, 3, 3), (4, 1)),
     ],
 )
-def test_wrong_shapes_are_named(
-    name: str, x: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...]
-) -> None:
+def test_wrong_shapes_are_named(name: str, x: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"^{name} must "):
         depthwise_conv(torch.zeros(x), torch.zeros(weight), torch.zeros(bias))
 

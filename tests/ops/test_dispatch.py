@@ -50,5 +50,5 @@ def test_explain_agrees_with_what_runs(
 
 
 def test_explain_refuses_what_is_no_operator() -> None:
-    with pytest.raises(ValueError, match="operator must be one of bidirectional_attention, .* not 'softmax'"):
+    with pytest.raises(ValueError, match=r"operator must be one of bidirectional_attention, .* not 'softmax'"):
         explain("softmax", torch.ones(1))

@@ -24,7 +24,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def print_json(value: Any) -> None:
     """Print `value` on stdout as one JSON object; not-a-number becomes null, which JSON can say."""
-    sys.stdout.write(json.dumps(_without_nan(value), indent=2, default=str) + "\n")
+    sys.stdout.write(json.dumps(_without_nan(value), indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, numbers of numpy and torch as numbers."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _without_nan(value: Any) -> Any:
@@ -59,3 +64,15 @@ def _lines(items: Sequence[T], description: str) -> Iterator[T]:
         yield item
     if shown > start:
         sys.stderr.write(f"{description}: {len(items)}/{len(items)}, {time.monotonic() - start:.0f} s\n")
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory of freed tensors for the next ones; returns whether that can be had here.
+
+    By default the C library returns large blocks to the system, and a training step on a CPU then spends much of its
+    time on fresh pages. Needs the C++ extension and glibc.
+    """
+    from utnetv2_fast.ops.extension import load_extension
+
+    extension = load_extension()
+    return extension is not None and extension.keep_freed_memory()

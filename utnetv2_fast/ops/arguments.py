@@ -1,4 +1,4 @@
-"""What every operator asks of its tensor arguments: which dtypes, one dtype, one device; and what autocast makes of them."""
+"""What every operator asks of its tensor arguments, and what autocast makes of them."""
 
 from __future__ import annotations
 

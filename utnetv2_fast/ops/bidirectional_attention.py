@@ -1,4 +1,4 @@
-"""Bidirectional attention between a token map and a semantic map (UTNetV2, section 3.2): function, torch ops, autograd."""
+"""Bidirectional attention between a token map and a semantic map (UTNetV2, section 3.2): function, ops, autograd."""
 
 from __future__ import annotations
 

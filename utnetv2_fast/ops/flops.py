@@ -22,7 +22,9 @@ def _products(count: int, q_shape: Sequence[int], map_shape: Sequence[int]) -> i
 
 
 @register_flop_formula(_ops.bidirectional_attention)
-def _bidirectional_attention(q_shape: Sequence[int], v_shape: Sequence[int], map_shape: Sequence[int], *_: Any, **__: Any) -> int:
+def _bidirectional_attention(
+    q_shape: Sequence[int], v_shape: Sequence[int], map_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
     return _products(3, q_shape, map_shape)
 
 

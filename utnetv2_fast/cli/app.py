@@ -1,0 +1,71 @@
+"""`utnetv2-fast`: the verbs, and how they end: 0 done, 1 the work failed, 2 the input cannot be used."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated
+
+import typer
+
+import utnetv2_fast
+from utnetv2_fast.cli.console import print_json
+from utnetv2_fast.cli.convert import convert
+from utnetv2_fast.cli.doctor import doctor
+from utnetv2_fast.cli.evaluate import evaluate
+from utnetv2_fast.cli.info import info
+from utnetv2_fast.cli.predict import predict
+from utnetv2_fast.cli.prepare import prepare
+from utnetv2_fast.cli.train import train
+from utnetv2_fast.cli.verify import verify
+from utnetv2_fast.errors import InputError, RunError
+
+# What the user can put right without knowing the program: no room, no right, no such place.
+USERS_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+
+app = typer.Typer(
+    name="utnetv2-fast",
+    help="Segment medical scans with UTNetV2.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (train, predict, evaluate, prepare, verify, convert, info, doctor):
+    app.command()(verb)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"{utnetv2_fast.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; errors that are the user's to mend are one sentence, all others keep their traceback."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        if error.errno not in USERS_OS_ERRORS:
+            raise
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if "--json" in sys.argv:
+        print_json({"error": message, "exit_code": code})
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)
