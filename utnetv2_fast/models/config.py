@@ -24,7 +24,9 @@ class UTNetV2Config(BaseModel):
     channels: tuple[PositiveInt, ...] = Field(description="of levels 0 to 4")
     scales: tuple[tuple[Literal[1, 2], ...], ...] = Field(description="of the four down-samplings, per axis")
     kernel_sizes: tuple[tuple[PositiveInt, ...], ...] = Field(description="of levels 0 to 4, per axis, odd")
-    blocks: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="N1, N2, N3: B-MHA blocks of levels 2, 3, 4")
+    blocks: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        description="N1, N2, N3: B-MHA blocks of levels 2, 3, 4"
+    )
     heads: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="attention heads of levels 2, 3, 4")
     map_size: tuple[PositiveInt, ...] = Field(description="size of the semantic map; its product is l")
     expansion: PositiveInt = Field(description="widening of the MBConv feed-forward network")

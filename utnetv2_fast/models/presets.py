@@ -5,7 +5,7 @@ A preset holds everything but the channels of the input and the classes, and the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from utnetv2_fast.errors import InputError
 
@@ -13,6 +13,11 @@ from utnetv2_fast.errors import InputError
 class Preset(NamedTuple):
     input_size: tuple[int, ...]
     fields: dict[str, Any]  # of UTNetV2Config, less in_channels and num_classes
+    fits_data: bool = False  # scales, kernels and patch follow the dataset's plan instead
+
+    @property
+    def dimensions(self) -> Literal[2, 3]:
+        return 2 if len(self.input_size) == 2 else 3
 
 
 def _planar(size: int, **fields: Any) -> Preset:
@@ -72,8 +77,8 @@ PRESETS: dict[str, Preset] = {
     "lits-3d": _volumetric((128, 128, 128), **_LITS, map_size=(4, 4, 4)),
     "lits-3d-medformer": _volumetric((128, 128, 128), **_LITS, map_size=(4, 4, 4), deep_supervision=False),
     "cardiac-2d": _planar(256, map_size=(4, 4)),
-    "tiny-2d": _planar(128, **_TINY, map_size=(3, 3)),
-    "tiny-3d": _volumetric((48, 48, 48), **_ISOTROPIC, **_TINY, map_size=(3, 3, 3)),
+    "tiny-2d": _planar(128, **_TINY, map_size=(3, 3))._replace(fits_data=True),
+    "tiny-3d": _volumetric((48, 48, 48), **_ISOTROPIC, **_TINY, map_size=(3, 3, 3))._replace(fits_data=True),
 }
 
 

@@ -171,9 +171,7 @@ class AttentionUpStage(nn.Module):
             for i in range(blocks)
         )
 
-    def forward(
-        self, x: Tensor, skip: Tensor, semantic_map: Tensor, skip_map: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, skip: Tensor, semantic_map: Tensor, skip_map: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self.skip(x, skip)
         semantic_map = self.map_reduce(torch.cat([semantic_map, skip_map], dim=1))
         for block in self.blocks:

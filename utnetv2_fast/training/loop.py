@@ -51,7 +51,7 @@ class _State:
         # Slices are fastest channels-last on every device measured; volumes are not on a CPU.
         layout = torch.channels_last if config.model.dimensions == 2 else torch.preserve_format
         self.model = UTNetV2(config.model).to(device, memory_format=layout)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=_ema(settings.ema_decay))
+        self.averaged = AveragedModel(self.model, multi_avg_fn=_ema(settings.ema_decay), use_buffers=True)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, eps=1e-5, weight_decay=settings.weight_decay
         )
@@ -88,40 +88,47 @@ class _State:
 
 
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Exponential moving average that begins as the plain mean, so that the first weights are soon forgotten."""
+    """Exponential moving average that begins as the plain mean, so that the first weights are soon forgotten.
+
+    The running statistics of batch norms are averaged with the weights: those of the latest weights do not fit the
+    average of many. Their counters are copied.
+    """
 
     @torch.no_grad()
     def update(averages: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        torch._foreach_lerp_(averages, current, 1 - min(decay, float(count) / (float(count) + 1)))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, current, 1 - min(decay, float(count) / (float(count) + 1)))
+        else:
+            torch._foreach_copy_(averages, current)
 
     return update
 
 
 def train(
     run: RunFolder,
-    config: RunConfig,
     train_cases: Sequence[PreparedCase],
     validation_cases: Sequence[PreparedCase],
     device: torch.device,
     *,
-    resume: bool = False,
     watch: Callable[[Progress], None] = ignore_progress,
 ) -> UTNetV2:
     """Train to the end of the last epoch and return the network with averaged weights, in eval mode on `device`.
 
     After every epoch `run` holds the averaged weights (`last`, and `best` by the validation patches' Dice), a line of
-    metrics, and a state to resume from. Batches and their augmentation depend on the seed and the step alone.
+    metrics, and a state to resume from; where it holds such a state already, training goes on from there. Batches and
+    their augmentation depend on the seed and the step alone.
 
     Raises:
         RunError: the loss is not finite; names the cases of the batch.
-        InputError: `resume`, and the run has no state, or that of another network.
+        InputError: the state in `run` is damaged or that of another network.
     """
+    config = run.config
     settings = config.training
     state = _State(config, device)
-    if resume:
+    if run.resume_file.exists():
         _load(run, state, device)
-        run.keep_metrics_before(state.epoch)
-    dtype = _precision(settings, device)
+    run.keep_metrics_before(state.epoch)
+    dtype = training_dtype(settings, device)
     weights = torch.ones(config.model.num_classes, device=device)
     weights[0] = settings.background_weight
     batch = _batches(config, train_cases, device)
@@ -168,16 +175,13 @@ def train(
 def _load(run: RunFolder, state: _State, device: torch.device) -> None:
     try:
         state.load_state_dict(torch.load(run.resume_file, map_location=device, weights_only=True))
-    except FileNotFoundError:
-        raise InputError(
-            f"{run.resume_file}: nothing to resume: the run stopped before its first epoch ended; "
-            f"delete {run.path} and start it again."
-        ) from None
     except (RuntimeError, KeyError, ValueError, EOFError):
-        raise InputError(f"{run.resume_file}: damaged, or the state of another network; train into a new --out.") from None
+        raise InputError(
+            f"{run.resume_file}: damaged, or the state of another network; train into a new --out."
+        ) from None
 
 
-def _precision(settings: TrainingConfig, device: torch.device) -> torch.dtype | None:
+def training_dtype(settings: TrainingConfig, device: torch.device) -> torch.dtype | None:
     """The autocast dtype, or None for plain float32."""
     if settings.precision == "auto":
         return autocast_dtype(device)

@@ -30,6 +30,7 @@ class RunConfig(BaseModel):
     protocol: Literal["clean"] = "clean"
     preset: str
     data: str  # the dataset's folder
+    prepared: str  # its prepared folder
     fold: int
     plan: Plan
     patch_size: tuple[int, ...]
@@ -56,8 +57,17 @@ class RunFolder:
         return self.path / "checkpoints" / "resume.pt"
 
     @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
     def validation_folder(self) -> Path:
         return self.path / "validation"
+
+    @property
+    def scores_file(self) -> Path:
+        """Written last: a run that has it is finished."""
+        return self.validation_folder / "scores.json"
 
     def weights_file(self, weights: Weights) -> Path:
         return self.path / "checkpoints" / f"{weights}.safetensors"
@@ -74,7 +84,7 @@ class RunFolder:
             raise InputError(f"{self.config_file}: damaged or of another version ({detail}); train anew.") from None
 
     def write_config(self, config: RunConfig) -> None:
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
         write_text_atomically(self.config_file, text)
 
     def save_weights(self, weights: Weights, state_dict: dict[str, Tensor]) -> None:

@@ -1,0 +1,194 @@
+"""`utnetv2-fast train`: from a dataset folder to a trained, evaluated run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as ProgressBar
+
+from utnetv2_fast.cli.console import SECONDS_BETWEEN_LINES, Json, console, messages, print_json, track
+from utnetv2_fast.cli.evaluate import score_table
+from utnetv2_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from utnetv2_fast.data.dataset import Dataset
+    from utnetv2_fast.training.loop import Progress
+
+DEMO = Path("demo")
+
+
+def train(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A dataset folder (nnU-Net raw or Decathlon).", show_default="a demo dataset, made in demo/"),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Network: see `utnetv2-fast info`.", show_default="by slice thickness and device")
+    ] = None,
+    fold: Annotated[str, typer.Option(help="Number of the fold to hold out, or all.")] = "0",
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder to write.", show_default="runs/DATASET-PRESET-foldK")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, with its own settings.")
+    ] = False,
+    prepared: Annotated[
+        Path | None,
+        typer.Option(help="Where prepared cases are or go.", show_default="prepared/DATASET-2d or -3d"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    epochs: Annotated[int | None, typer.Option(min=1, show_default="the preset's")] = None,
+    steps_per_epoch: Annotated[int | None, typer.Option(min=1, show_default="the preset's")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, show_default="the preset's")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", min=0, show_default="the preset's")] = None,
+    augmentation: Annotated[
+        str | None, typer.Option(help="none, paper, nnunet or nnunet-no-mirroring.", show_default="nnunet")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="auto, float32 or bfloat16.", show_default="bfloat16 where it is fast")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
+    json: Json = False,
+) -> None:
+    """Train UTNetV2 on a dataset, then predict and score the held-out fold. Prepares what is not prepared.
+
+    Without --data it makes a small cardiac dataset and trains on that.
+
+    Examples:
+
+    utnetv2-fast train
+
+    utnetv2-fast train --data data/hippocampus --preset tiny-3d
+
+    utnetv2-fast train --data data/acdc --preset acdc-2d --fold all --out runs/acdc
+
+    utnetv2-fast train --resume --out runs/acdc
+    """
+    from utnetv2_fast.data.dataset import read_dataset
+    from utnetv2_fast.data.prepare import default_folder
+    from utnetv2_fast.data.prepare import prepare as prepare_dataset
+    from utnetv2_fast.devices import resolve_device
+    from utnetv2_fast.evaluation.tables import summarise
+    from utnetv2_fast.experiment import existing_runs, new_runs, run_fold, spread_over_folds, suggest_preset
+    from utnetv2_fast.models import get_preset
+
+    target = resolve_device(device)
+    changes = _given(
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        augmentation=augmentation,
+        precision=precision,
+        seed=seed,
+    )
+    if resume:
+        if out is None or changes or preset is not None:
+            raise InputError("--resume needs --out, and keeps the run's own settings: leave the others out.")
+        runs = existing_runs(out)
+        config = runs[0].config
+        dataset = read_dataset(data or Path(config.data))
+        store = prepare_dataset(dataset, prepared or Path(config.prepared), config.plan.dimensions, track)
+    else:
+        dataset = read_dataset(data) if data is not None else _demo_dataset()
+        preset = preset or suggest_preset(dataset, target)
+        dimensions = get_preset(preset).dimensions
+        store = prepare_dataset(dataset, prepared or default_folder(dataset, dimensions), dimensions, track)
+        folds = None if fold == "all" else [_fold_number(fold)]
+        out = (
+            out
+            or Path("runs") / f"{dataset.folder.resolve().name}-{preset}-{'all' if folds is None else f'fold{fold}'}"
+        )
+        runs = new_runs(store, dataset.folder, preset, folds, out, changes)
+
+    evaluations = []
+    for run in runs:
+        messages.print(f"{run.path}: {run.config.preset}, {len(store.cases)} cases, fold {run.config.fold}, {target}.")
+        with _training_bar() as watch:
+            evaluation = run_fold(run, dataset, store, target, watch=watch, track=track)
+        evaluations.append(evaluation)
+        if not json:
+            console.print(score_table(evaluation))
+    spread = spread_over_folds(evaluations)
+    if json:
+        scores = {str(run.path): summarise(evaluation) for run, evaluation in zip(runs, evaluations, strict=True)}
+        print_json({"runs": scores, "folds": spread})
+        return
+    if len(runs) > 1:
+        dice, hd95 = spread["dice"], spread["hd95"]
+        console.print(
+            f"Over {len(runs)} folds: Dice {dice['mean']:.3f} ± {dice['std']:.3f}, "
+            f"HD95 {hd95['mean']:.2f} ± {hd95['std']:.2f} mm.",
+            highlight=False,
+        )
+    console.print(f"{out}: weights, metrics and predictions of the held-out scans.", highlight=False)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _fold_number(fold: str) -> int:
+    if not fold.isdecimal():
+        raise InputError(f"--fold {fold}: give the number of a fold, such as 0, or all.")
+    return int(fold)
+
+
+def _demo_dataset() -> Dataset:
+    from utnetv2_fast.data.dataset import read_dataset
+    from utnetv2_fast.data.phantom import write_phantom
+
+    if (DEMO / "dataset.json").exists():
+        return read_dataset(DEMO)
+    return write_phantom(DEMO, track=track)
+
+
+@contextmanager
+def _training_bar() -> Iterator[Callable[[Progress], None]]:
+    """A function to call after every step: a bar in a terminal, else a line on stderr every ten seconds."""
+    if not messages.is_terminal:
+        yield _print_lines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+    with ProgressBar(*columns, console=messages) as bar:
+        task = bar.add_task("Training", total=None, figures="")
+
+        def watch(progress: Progress) -> None:
+            description = f"Training, epoch {progress.epoch}/{progress.epochs}"
+            bar.update(
+                task,
+                description=description,
+                completed=progress.step,
+                total=progress.steps,
+                figures=_figures(progress),
+            )
+
+        yield watch
+
+
+def _print_lines() -> Callable[[Progress], None]:
+    shown = time.monotonic()
+
+    def watch(progress: Progress) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= SECONDS_BETWEEN_LINES or progress.step == progress.steps:
+            shown = time.monotonic()
+            sys.stderr.write(
+                f"Training: epoch {progress.epoch}/{progress.epochs}, step {progress.step}/{progress.steps}, "
+                f"{_figures(progress)}\n"
+            )
+
+    return watch
+
+
+def _figures(progress: Progress) -> str:
+    dice = "-" if progress.dice is None else f"{progress.dice:.3f}"
+    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    return f"loss {progress.loss:.3f}, Dice {dice}, {minutes}:{seconds:02d} left"

@@ -1,0 +1,183 @@
+"""The whole work on one fold: configure, train, predict the held-out scans on their own grids, score them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utnetv2_fast.data.dataset import Dataset
+from utnetv2_fast.data.nifti import read_scan
+from utnetv2_fast.data.plan import PatchPlan, plan_patch
+from utnetv2_fast.data.prepare import Prepared
+from utnetv2_fast.data.resample import ANISOTROPY_THRESHOLD
+from utnetv2_fast.data.splits import load_or_make_splits
+from utnetv2_fast.errors import InputError
+from utnetv2_fast.evaluation.metrics import Evaluation, evaluate_files
+from utnetv2_fast.evaluation.tables import write_tables
+from utnetv2_fast.files import write_text_atomically
+from utnetv2_fast.inference.predict import Predictor, predict_files
+from utnetv2_fast.models import Preset, UTNetV2Config, get_preset
+from utnetv2_fast.progress import Track, silent
+from utnetv2_fast.training import RunConfig, RunFolder, default_training, train
+from utnetv2_fast.training.loop import Progress, ignore_progress, training_dtype
+
+
+def suggest_preset(dataset: Dataset, device: torch.device) -> str:
+    """A preset for a dataset: 2D where slices are thick, else 3D; the paper's size on a GPU, the small one elsewhere.
+
+    Five scans of the dataset decide.
+    """
+    some = dataset.cases[:: max(1, len(dataset.cases) // 5)]
+    spacings = np.median([read_scan(case.images).grid.spacing for case in some], axis=0)
+    thick = spacings.max() > ANISOTROPY_THRESHOLD * spacings.min()
+    if device.type == "cuda":
+        return "acdc-2d" if thick else "lits-3d"
+    return "tiny-2d" if thick else "tiny-3d"
+
+
+def configure(prepared: Prepared, data: Path, preset_name: str, fold: int, changes: dict[str, Any]) -> RunConfig:
+    """The configuration of a run: the preset fitted to the data, its training settings with `changes` applied.
+
+    Raises InputError when the preset has other dimensions than the prepared data, or there is no such fold.
+    """
+    preset, plan = get_preset(preset_name), prepared.plan
+    if preset.dimensions != plan.dimensions:
+        raise InputError(
+            f"{prepared.folder}: prepared for {plan.dimensions}D networks, but {preset_name} is {preset.dimensions}D; "
+            "name another folder with --prepared."
+        )
+    folds = len(load_or_make_splits(prepared))
+    if not 0 <= fold < folds:
+        raise InputError(f"There is no fold {fold}: {prepared.folder / 'splits.json'} has folds 0 to {folds - 1}.")
+    patch = _patch(prepared, preset)
+    fitted = {"scales": patch.scales, "kernel_sizes": patch.kernel_sizes} if preset.fits_data else {}
+    fields = preset.fields | fitted | {"in_channels": len(plan.channels), "num_classes": plan.num_classes}
+    return RunConfig(
+        preset=preset_name,
+        data=str(data.resolve()),
+        prepared=str(prepared.folder.resolve()),
+        fold=fold,
+        plan=plan,
+        patch_size=patch.patch_size,
+        model=UTNetV2Config(**fields),
+        training=default_training(preset_name).model_validate(default_training(preset_name).model_dump() | changes),
+    )
+
+
+def _patch(prepared: Prepared, preset: Preset) -> PatchPlan:
+    """By nnU-Net's rules for a preset that fits the data, else the preset's input no larger than the data need."""
+    if preset.fits_data:
+        return plan_patch(prepared.plan, preset.input_size)
+    scales, kernel_sizes = preset.fields["scales"], preset.fields["kernel_sizes"]
+    stride = np.prod(scales, axis=0)
+    median = np.array(prepared.plan.median_shape[-preset.dimensions :])
+    covering = -(-median // stride) * stride
+    patch_size = np.minimum(preset.input_size, covering)
+    return PatchPlan(patch_size=tuple(patch_size.tolist()), scales=scales, kernel_sizes=kernel_sizes)
+
+
+def new_runs(
+    prepared: Prepared, data: Path, preset: str, folds: Sequence[int] | None, out: Path, changes: dict[str, Any]
+) -> list[RunFolder]:
+    """Configure runs that do not exist yet: of one fold in `out`, of several or (None) all in `out/fold-K`.
+
+    Raises InputError when there are runs already, and for what `configure` refuses.
+    """
+    if existing := [run for run in _runs_under(out) if run.config_file.exists()]:
+        raise InputError(f"{existing[0].path}: holds a run already; go on with it by --resume, or name another --out.")
+    if folds is None:
+        folds = range(len(load_or_make_splits(prepared)))
+    alone = len(folds) == 1
+    runs = {fold: RunFolder(out if alone else out / f"fold-{fold}") for fold in folds}
+    configs = {fold: configure(prepared, data, preset, fold, changes) for fold in folds}
+    for fold, run in runs.items():
+        run.write_config(configs[fold])
+    return list(runs.values())
+
+
+def existing_runs(out: Path) -> list[RunFolder]:
+    """The run in `out`, or the runs of the folds in it; InputError when there are none."""
+    runs = _runs_under(out)
+    if not runs:
+        raise InputError(f"{out}: holds no run to resume; name the --out of an earlier training.")
+    return runs
+
+
+def _runs_under(out: Path) -> list[RunFolder]:
+    return [RunFolder(file.parent) for file in (*out.glob("config.yaml"), *sorted(out.glob("fold-*/config.yaml")))]
+
+
+def run_fold(
+    run: RunFolder,
+    dataset: Dataset,
+    prepared: Prepared,
+    device: torch.device,
+    *,
+    watch: Callable[[Progress], None] = ignore_progress,
+    track: Track = silent,
+) -> Evaluation:
+    """Train what a configured run still lacks, predict its held-out scans from their files, write and return scores.
+
+    Raises InputError when the prepared data are not those the run was configured for.
+    """
+    config = run.config
+    if prepared.plan != config.plan:
+        raise InputError(
+            f"{prepared.folder}: its classes, channels or spacing are not those that {run.path} was configured for; "
+            "restore the dataset, or train into a new --out."
+        )
+    split = load_or_make_splits(prepared)[config.fold]
+    by_name = {case.name: case for case in prepared.cases}
+    held_out = [case for case in dataset.cases if case.name in set(split["val"])]
+    if not run.scores_file.exists():
+        write_text_atomically(run.environment_file, json.dumps(describe_environment(device), indent=2))
+        train_cases, validation_cases = ([by_name[name] for name in split[side]] for side in ("train", "val"))
+        model = train(run, train_cases, validation_cases, device, watch=watch)
+        dtype = training_dtype(config.training, device)
+        predictor = Predictor([model], config.plan, config.patch_size, device, autocast=dtype)
+        predict_files(predictor, held_out, run.validation_folder, track, overwrite=True)
+    pairs = [(case.name, run.validation_folder / f"{case.name}.nii.gz", case.label) for case in held_out if case.label]
+    evaluation = evaluate_files(pairs, config.plan.labels, track)
+    write_tables(evaluation, run.validation_folder)
+    return evaluation
+
+
+def spread_over_folds(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
+    """Mean and sample deviation over folds of each fold's mean Dice, HD95 (mm) and NSD."""
+    table = {}
+    for metric in ("dice", "hd95", "nsd"):
+        means = np.array([evaluation.mean(metric) for evaluation in evaluations])
+        deviation = float(means.std(ddof=1)) if len(means) > 1 else float("nan")
+        table[metric] = {"mean": float(means.mean()), "std": deviation}
+    return table
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """What a result depends on besides its configuration."""
+    packages = ("utnetv2-fast", "torch", "triton", "numpy", "scipy", "nibabel")
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
