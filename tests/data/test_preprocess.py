@@ -1,0 +1,207 @@
+"""To the network's grid and back: nnU-Net's numbers on the way there, the scan's own voxels on the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from utnetv2_fast.data.fingerprint import IntensityStatistics
+from utnetv2_fast.data.nifti import Grid, Scan, label_to_native, read_label, read_scan, scan_from_array
+from utnetv2_fast.data.plan import Plan
+from utnetv2_fast.data.preprocess import preprocess_image, preprocess_label, restore_label, target_shape
+from utnetv2_fast.data.resample import resample_image
+
+STATISTICS = IntensityStatistics(
+    mean=40, std=20, median=40, minimum=-500, maximum=900, percentile_00_5=-30, percentile_99_5=150
+)
+
+
+def make_plan(**changes: object) -> Plan:
+    values = {
+        "dataset": "x",
+        "dimensions": 3,
+        "labels": {"background": 0, "a": 1, "b": 2, "c": 3},
+        "channels": ("MRI",),
+        "axes": (0, 1, 2),
+        "spacing": (1.0, 1.0, 1.0),
+        "median_shape": (30, 30, 30),
+        "normalisation": ("zscore",),
+        "intensities": (STATISTICS,),
+    }
+    return Plan(**values | changes)
+
+
+def framed(shape: Sequence[int], spacing: Sequence[float] = (1.0, 1.0, 1.0), seed: int = 0) -> Scan:
+    """A scan (Z, Y, X) of noise in a frame of zeros."""
+    image = np.zeros((1, *shape), np.float32)
+    inner = tuple(slice(size // 4, size - size // 5) for size in shape)
+    image[0][inner] = np.random.default_rng(seed).normal(50, 20, image[0][inner].shape)
+    return Scan(image, Grid(tuple(shape[::-1]), np.diag([*spacing[::-1], 1.0])))
+
+
+def one_hot(label: np.ndarray, classes: int = 4) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.from_numpy(label).long(), classes).movedim(-1, 0).float()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 12)] * 3),
+    axes=st.permutations(range(3)),
+    dimensions=st.sampled_from([2, 3]),
+    seed=st.integers(0, 99),
+)
+def test_at_the_plans_own_spacing_labels_come_back_exactly(
+    shape: tuple, axes: list, dimensions: int, seed: int
+) -> None:
+    scan = framed(shape, (1.5, 2.5, 3.5), seed)
+    spacing = [(1.5, 2.5, 3.5)[axis] for axis in axes]
+    plan = make_plan(axes=axes, dimensions=dimensions, spacing=[None if dimensions == 2 else spacing[0], *spacing[1:]])
+    image, geometry = preprocess_image(scan, plan)
+    label = np.random.default_rng(seed).integers(0, 4, shape).astype(np.uint8)
+    label[scan.image[0] == 0] = 0
+    prepared = preprocess_label(label, geometry, plan)
+    assert image.shape == (1, *prepared.shape)
+    np.testing.assert_array_equal(restore_label(one_hot(prepared), geometry, plan), label)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+@pytest.mark.parametrize("own", [(1.0, 1.0, 1.0), (5.0, 0.8, 0.9), (0.7, 0.7, 6.0)])
+def test_labels_come_back_from_another_spacing(own: tuple, axes: tuple, dimensions: int) -> None:
+    scan = framed((40, 48, 60), own)
+    z, y, x = np.indices((40, 48, 60))
+    label = np.zeros((40, 48, 60), np.uint8)
+    for value, (cz, cy, cx) in ((1, (20.3, 24.2, 22.4)), (2, (21.4, 25.7, 39.2))):
+        label[((z - cz) / 9) ** 2 + ((y - cy) / 10) ** 2 + ((x - cx) / 8) ** 2 < 1] = value
+    spacing = tuple(1.2 * own[axis] for axis in axes)
+    plan = make_plan(axes=axes, dimensions=dimensions, spacing=(None if dimensions == 2 else spacing[0], *spacing[1:]))
+    image, geometry = preprocess_image(scan, plan)
+    prepared = preprocess_label(label, geometry, plan)
+    assert image.shape[1:] == prepared.shape == target_shape(geometry, plan)
+    if dimensions == 2:
+        assert prepared.shape[0] == geometry.cropped_shape[0]
+    back = restore_label(one_hot(prepared), geometry, plan)
+    for value in (1, 2):
+        overlap = 2 * ((back == value) & (label == value)).sum() / ((back == value).sum() + (label == value).sum())
+        assert overlap > 0.9
+        # A shift of half a voxel, the usual mistake, would show.
+        centres = ndimage.center_of_mass(back == value), ndimage.center_of_mass(label == value)
+        np.testing.assert_allclose(*centres, atol=0.25)
+
+
+def test_the_order_of_the_steps() -> None:
+    """Permute, crop, normalise, resample."""
+    scan = framed((10, 16, 20), (4.0, 1.0, 1.0))
+    plan = make_plan(spacing=(4.0, 1.5, 1.5))
+    image, geometry = preprocess_image(scan, plan)
+    assert geometry.crop == ((2, 8), (4, 13), (5, 16))
+    assert geometry.scan_shape == (10, 16, 20)
+    cropped = scan.image[:, 2:8, 4:13, 5:16].astype(np.float64)
+    normalised = (cropped - cropped.mean()) / cropped.std()
+    expected = resample_image(normalised.astype(np.float32), (6, 6, 7), (4.0, 1.0, 1.0), (4.0, 1.5, 1.5))
+    np.testing.assert_allclose(image, expected, atol=1e-5)
+
+
+def test_normalisation_by_channel() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.normal(60, 80, (3, 8, 9, 10)).astype(np.float32)
+    image[:, :4, :, :3] = 0
+    image[:, 5, 5, 5] = 0  # a hole: inside all the same
+    scan = Scan(image, Grid((10, 9, 8), np.eye(4)))
+    plan = make_plan(
+        channels=("CT", "T1", "T2"), normalisation=("ct", "zscore", "zscore_nonzero"), intensities=(STATISTICS,) * 3
+    )
+    result, _ = preprocess_image(scan, plan)
+    wide = image.astype(np.float64)
+    np.testing.assert_allclose(result[0], (wide[0].clip(-30, 150) - 40) / 20, atol=1e-5)
+    np.testing.assert_allclose(result[1], (wide[1] - wide[1].mean()) / wide[1].std(), atol=1e-5)
+    inside = (image != 0).any(0)
+    inside[5, 5, 5] = True
+    values = wide[2][inside]
+    np.testing.assert_allclose(result[2][inside], (values - values.mean()) / values.std(), atol=1e-5)
+    assert not result[2][~inside].any()
+
+
+def test_large_values_lose_no_digits() -> None:
+    image = (1e6 + np.random.default_rng(0).normal(0, 10, (1, 32, 32, 32))).astype(np.float32)
+    result, _ = preprocess_image(Scan(image, Grid((32, 32, 32), np.eye(4))), make_plan())
+    assert abs(result.mean(dtype=np.float64)) < 1e-2
+    assert result.std(dtype=np.float64) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0])
+def test_a_constant_scan_gives_zeros(value: float) -> None:
+    scan = Scan(np.full((1, 3, 4, 5), value, np.float32), Grid((5, 4, 3), np.eye(4)))
+    for scheme in ("zscore", "zscore_nonzero"):
+        image, geometry = preprocess_image(scan, make_plan(normalisation=(scheme,)))
+        assert not image.any()
+        assert restore_label(torch.zeros(4, *image.shape[1:]), geometry, make_plan()).shape == (3, 4, 5)
+
+
+def test_nothing_vanishes_at_a_coarse_spacing() -> None:
+    image, geometry = preprocess_image(framed((4, 5, 30), (0.1, 0.1, 1.0)), make_plan(axes=(2, 0, 1)))
+    assert image.shape[2:] == (1, 1)
+    assert restore_label(one_hot(np.ones(image.shape[1:], np.uint8)), geometry, make_plan(axes=(2, 0, 1))).any()
+
+
+def test_the_scan_is_left_as_it_was() -> None:
+    scan = framed((10, 16, 20))
+    before = scan.image.copy()
+    preprocess_image(scan, make_plan(normalisation=("zscore_nonzero",)))
+    np.testing.assert_array_equal(scan.image, before)
+
+
+def test_other_channels_than_planned() -> None:
+    with pytest.raises(ValueError, match="1 channels for a plan of 2"):
+        preprocess_image(
+            framed((4, 4, 4)),
+            make_plan(channels=("a", "b"), normalisation=("zscore",) * 2, intensities=(STATISTICS,) * 2),
+        )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    permutation=st.permutations(range(3)), flips=st.tuples(*[st.sampled_from((1, -1))] * 3), seed=st.integers(0, 99)
+)
+def test_however_it_is_stored_a_scan_gives_the_same_input_and_a_label_its_own_voxels(
+    permutation: list, flips: tuple, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    image = rng.normal(50, 20, (9, 8, 7)).astype(np.float32)
+    affine = np.array([[1.0, 0.1, 0, 5], [-0.1, 1.2, 0, -3], [0, 0, 2.5, 8], [0, 0, 0, 1]])
+    plan = make_plan(spacing=(2.5, 1.5, 1.5))
+    base = scan_from_array(image, affine)
+    expected, geometry = preprocess_image(base, plan)
+    scores = torch.from_numpy(rng.random((4, *expected.shape[1:])))
+
+    stored = nib.Nifti1Image(image, affine).as_reoriented(np.column_stack([permutation, flips]))
+    turned = scan_from_array(np.asarray(stored.dataobj), stored.affine)
+    found, turned_geometry = preprocess_image(turned, plan)
+    # Oblique axes turned over have spacings equal to the last bit or so.
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    native = label_to_native(restore_label(scores, turned_geometry, plan), turned.grid)
+    first = nib.Nifti1Image(label_to_native(restore_label(scores, geometry, plan), base.grid), affine)
+    same = first.as_reoriented(np.column_stack([permutation, flips]))
+    np.testing.assert_array_equal(native, np.asarray(same.dataobj))
+
+
+def test_real_scans_come_back(shared_data: Path) -> None:
+    folder = shared_data / "acdc/training/patient001"
+    scan = read_scan([folder / "patient001_frame01.nii.gz"])
+    label, grid = read_label(folder / "patient001_frame01_gt.nii.gz")
+    for dimensions, spacing in ((2, (None, 1.3, 1.3)), (3, (5.0, 1.3, 1.3))):
+        plan = make_plan(dimensions=dimensions, spacing=spacing)
+        _, geometry = preprocess_image(scan, plan)
+        back = restore_label(one_hot(preprocess_label(label, geometry, plan)), geometry, plan)
+        assert back.shape == grid.canonical_shape
+        for value in (1, 2, 3):
+            overlap = 2 * ((back == value) & (label == value)).sum() / ((back == value).sum() + (label == value).sum())
+            assert overlap > 0.97
