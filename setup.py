@@ -17,8 +17,6 @@ class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt. The extension is optional: where it fails, setuptools warns and goes on."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         configure = [
@@ -28,14 +26,15 @@ class CMakeBuild(build_ext):
             "-GNinja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DEXTENSION_FILE_NAME={target.name}",
             f"-DEXTENSION_FOLDER={target.parent}",
         ]
         try:
-            subprocess.run(configure, check=True)
+            import pybind11
+
+            subprocess.run([*configure, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"], check=True)
             subprocess.run(["cmake", "--build", str(build)], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
             raise CompileError(
                 f"{error}. utnetv2-fast is installed without its C++ kernels and will run plain PyTorch on the CPU; "
                 "install a C++17 compiler and install the package again to get them."

@@ -1,0 +1,14 @@
+"""`pytest --benchmark` runs the benchmarks of bench/; plain `pytest` never does."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--benchmark", action="store_true", help="run the benchmarks of bench/ instead of the tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--benchmark") and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        config.args = [str(config.rootpath / "bench")]
