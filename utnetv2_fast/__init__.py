@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from utnetv2_fast.inference import predict
+    from utnetv2_fast.inference.predict import predict
     from utnetv2_fast.models import UTNetV2, UTNetV2Config
     from utnetv2_fast.ops import bidirectional_attention, depthwise_conv, depthwise_separable_conv, explain
 
@@ -31,7 +31,7 @@ _HOMES = {
     "depthwise_conv": "utnetv2_fast.ops",
     "depthwise_separable_conv": "utnetv2_fast.ops",
     "explain": "utnetv2_fast.ops",
-    "predict": "utnetv2_fast.inference",
+    "predict": "utnetv2_fast.inference.predict",
 }
 
 
