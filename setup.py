@@ -35,9 +35,10 @@ class CMakeBuild(build_ext):
             subprocess.run([*configure, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"], check=True)
             subprocess.run(["cmake", "--build", str(build)], check=True)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            reason = "cmake failed, see above" if isinstance(error, subprocess.CalledProcessError) else error
             raise CompileError(
-                f"{error}. utnetv2-fast is installed without its C++ kernels and will run plain PyTorch on the CPU; "
-                "install a C++17 compiler and install the package again to get them."
+                f"{reason}. utnetv2-fast is installed without its C++ kernels and will run plain PyTorch on the CPU; "
+                "install a C++17 compiler and install the package again to get them"
             ) from error
 
 
