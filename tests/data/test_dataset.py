@@ -42,7 +42,9 @@ def test_channels_are_ordered_by_number_not_by_place(folder: Path, edit_json: Ca
     names = {str(n): f"c{n}" for n in (10, 2, 0, 1, *range(3, 10))}
     for n in range(1, 11):
         for case in range(3):
-            shutil.copy(folder / f"imagesTr/CASE{case:02d}_0000.nii.gz", folder / f"imagesTr/CASE{case:02d}_{n:04d}.nii.gz")
+            shutil.copy(
+                folder / f"imagesTr/CASE{case:02d}_0000.nii.gz", folder / f"imagesTr/CASE{case:02d}_{n:04d}.nii.gz"
+            )
     edit_json(folder, channel_names=names)
     dataset = read_dataset(folder)
     assert dataset.channels == tuple(f"c{n}" for n in range(11))

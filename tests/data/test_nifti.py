@@ -1,4 +1,4 @@
-"""Scans and labels are canonical inside and on their own grid outside, whatever the orientation; bad files are named."""
+"""Scans and labels are canonical inside, on their own grid outside, in any orientation; bad files are named."""
 
 from __future__ import annotations
 
@@ -216,7 +216,9 @@ def test_grid_difference_sees_places_not_storage(make_affine: Callable) -> None:
     shifted = base.affine.copy()
     shifted[0, 3] += 0.5
     assert "position" in str(grid_difference(base, Grid((4, 5, 6), shifted)))
-    assert "direction" in str(grid_difference(base, Grid((4, 5, 6), make_affine(spacing=(1, 2, 3), angles=(0.2, 0, 0)))))
+    assert "direction" in str(
+        grid_difference(base, Grid((4, 5, 6), make_affine(spacing=(1, 2, 3), angles=(0.2, 0, 0))))
+    )
     assert "spacing" in str(grid_difference(base, Grid((4, 5, 6), make_affine(spacing=(1, 2, 3.1)))))
     assert "shape" in str(grid_difference(base, Grid((4, 5, 7), base.affine)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -15,9 +16,7 @@ from utnetv2_fast.data.dataset import Dataset
 from utnetv2_fast.data.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
 from utnetv2_fast.data.plan import Plan, make_plan, plan_patch
 
-STATISTICS = IntensityStatistics(
-    mean=1, std=2, median=1, minimum=0, maximum=9, percentile_00_5=0.1, percentile_99_5=8
-)
+STATISTICS = IntensityStatistics(mean=1, std=2, median=1, minimum=0, maximum=9, percentile_00_5=0.1, percentile_99_5=8)
 ALL = (2, 2, 2)
 FLAT = (1, 2, 2)
 
@@ -147,9 +146,7 @@ def test_patch_in_two_dimensions() -> None:
     edge=st.integers(16, 160),
     dimensions=st.sampled_from([2, 3]),
 )
-def test_patches_fit_their_budget_and_their_strides(
-    spacing: tuple, median: tuple, edge: int, dimensions: int
-) -> None:
+def test_patches_fit_their_budget_and_their_strides(spacing: tuple, median: tuple, edge: int, dimensions: int) -> None:
     size, scales, kernels = patch((None, *spacing[1:]) if dimensions == 2 else spacing, median, (edge,) * dimensions)
     assert len(size) == dimensions
     assert len(scales) == 4
@@ -161,7 +158,7 @@ def test_patches_fit_their_budget_and_their_strides(
     assert {factor for scale in scales for factor in scale} <= {1, 2}
     # No feature map gets thinner than four voxels by halving.
     assert all(s // t >= 4 or t == 1 for s, t in zip(size, stride, strict=True))
-    for before, after in zip(kernels, kernels[1:], strict=False):
+    for before, after in pairwise(kernels):
         assert all(a >= b for b, a in zip(before, after, strict=True))
 
 

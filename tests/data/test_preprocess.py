@@ -168,9 +168,7 @@ def test_other_channels_than_planned() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    permutation=st.permutations(range(3)), flips=st.tuples(*[st.sampled_from((1, -1))] * 3), seed=st.integers(0, 99)
-)
+@given(permutation=st.permutations(range(3)), flips=st.tuples(*[st.sampled_from((1, -1))] * 3), seed=st.integers(0, 99))
 def test_however_it_is_stored_a_scan_gives_the_same_input_and_a_label_its_own_voxels(
     permutation: list, flips: tuple, seed: int
 ) -> None:

@@ -115,9 +115,7 @@ def test_nearest_indices(size: int, new_size: int) -> None:
 
 @QUICK
 @given(old=SIZES, new=SIZES, classes=st.integers(1, 5))
-def test_label_is_the_class_with_the_largest_share(
-    old: tuple[int, ...], new: tuple[int, ...], classes: int
-) -> None:
+def test_label_is_the_class_with_the_largest_share(old: tuple[int, ...], new: tuple[int, ...], classes: int) -> None:
     label = np.random.default_rng(0).integers(0, classes, old).astype(np.uint8) * 50
     result = resample_label(label, new, ISOTROPIC, ISOTROPIC)
     shares = np.stack([linear(label == value, new) for value in range(0, 50 * classes, 50)])

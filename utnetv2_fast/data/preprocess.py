@@ -58,12 +58,15 @@ def preprocess_image(scan: Scan, plan: Plan) -> tuple[NDArray[np.float32], Geome
     if len(scan.image) != len(plan.channels):
         raise ValueError(f"a scan of {len(scan.image)} channels for a plan of {len(plan.channels)}")
     image = scan.image.transpose(0, *(1 + axis for axis in plan.axes))  # (C, D, H, W)
+    d, h, w = nonzero_box(image)
     z, y, x = scan.image.shape[1:]
-    box = nonzero_box(image)
-    d, h, w = ((part.start, part.stop) for part in box)
     depth, height, width = (scan.grid.spacing[axis] for axis in plan.axes)
-    geometry = Geometry((z, y, x), (d, h, w), (depth, height, width))
-    image = _normalise(image[(slice(None), *box)], plan.normalisation, plan.intensities)
+    geometry = Geometry(
+        scan_shape=(z, y, x),
+        crop=((d.start, d.stop), (h.start, h.stop), (w.start, w.stop)),
+        cropped_spacing=(depth, height, width),
+    )
+    image = _normalise(image[:, d, h, w], plan.normalisation, plan.intensities)
     resampled = resample_image(
         image, target_shape(geometry, plan), geometry.cropped_spacing, target_spacing(geometry, plan)
     )
