@@ -117,11 +117,18 @@ def test_what_changed_is_done_again(source: Path, tmp_path: Path, stored: list[s
     file = source / "imagesTr/CASE02_0000.nii.gz"
     old = nib.load(file)
     write_nifti(file, np.asarray(old.dataobj)[::-1].copy(), old.affine)
-    os.utime(file, ns=(1, 1))
     prepared = prepare(read_dataset(source), tmp_path / "out", 3)
     assert stored == ["CASE02"]
     expected, _ = preprocess_image(read_scan([file]), prepared.plan)
     np.testing.assert_array_equal(prepared.cases[2].image(), expected.astype(np.float16))
+
+
+def test_a_new_time_alone_counts_as_a_change(source: Path, tmp_path: Path, stored: list[str]) -> None:
+    prepare(read_dataset(source), tmp_path / "out", 3)
+    stored.clear()
+    os.utime(source / "labelsTr/CASE01.nii.gz", ns=(1, 1))
+    prepare(read_dataset(source), tmp_path / "out", 3)
+    assert stored == ["CASE01"]
 
 
 def test_another_plan_makes_everything_anew(source: Path, tmp_path: Path, stored: list[str]) -> None:
