@@ -128,6 +128,12 @@ def test_channels_are_stacked_in_order(tmp_path: Path, write_nifti: Callable) ->
             read_scan([together], channels)
 
 
+def test_too_few_channels_are_refused(tmp_path: Path, write_nifti: Callable) -> None:
+    file = write_nifti(tmp_path / "scan.nii.gz", np.ones((5, 4, 3), np.uint8))
+    with pytest.raises(InputError, match=r"scan\.nii\.gz: 1 of 2 channels"):
+        read_scan([file], channels=2)
+
+
 def test_channels_on_different_grids_are_refused(tmp_path: Path, write_nifti: Callable) -> None:
     a = write_nifti(tmp_path / "a.nii.gz", np.ones((5, 4, 3), np.uint8))
     b = write_nifti(tmp_path / "b.nii.gz", np.ones((5, 4, 2), np.uint8))

@@ -41,4 +41,5 @@ def prepare(
         f"{prepared.folder}: {len(prepared.cases)} cases, spacing {spacing} mm, median shape {shape} (D x H x W), "
         f"{', '.join(f'{c}: {n}' for c, n in zip(plan.channels, plan.normalisation, strict=True))}.",
         highlight=False,
+        soft_wrap=True,
     )

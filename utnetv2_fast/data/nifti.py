@@ -109,6 +109,8 @@ def read_scan(files: Sequence[Path], channels: int | None = None) -> Scan:
                     "a scan to one grid."
                 )
         image = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
+    if channels is not None and len(image) != channels:
+        raise InputError(f"{files[0]}: {len(image)} of {channels} channels are there; give one file per channel.")
     with np.errstate(over="ignore"):
         image = np.ascontiguousarray(image, dtype=np.float32)
     for file, channel in zip(files if len(files) == len(image) else itertools.repeat(files[0]), image, strict=False):
