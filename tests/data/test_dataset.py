@@ -188,7 +188,8 @@ def test_absent_things(tmp_path: Path, folder: Path) -> None:
 
 
 def test_missing_files_are_all_found(tmp_path: Path, make_dataset: Callable) -> None:
-    folder = make_dataset(tmp_path, cases=4, channels=("a", "b"))
+    patients = {f"CASE{n:02d}": "A" for n in range(4)}
+    folder = make_dataset(tmp_path, cases=4, channels=("a", "b"), patients=patients)
     (folder / "imagesTr/CASE01_0001.nii.gz").unlink()
     (folder / "labelsTr/CASE02.nii.gz").unlink()
     touch(folder / "imagesTr/CASE03_0002.nii.gz", folder / "imagesTr/stray.nii.gz")
