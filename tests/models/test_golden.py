@@ -1,4 +1,4 @@
-"""The authors' weights give the authors' numbers: logits, auxiliary logits and every gradient, on every backend here."""
+"""The authors' weights give the authors' numbers: logits, auxiliary logits and every gradient."""
 
 from __future__ import annotations
 

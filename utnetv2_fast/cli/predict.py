@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from utnetv2_fast.cli.console import Json, console, print_json, track
+from utnetv2_fast.cli.console import Json, console, keep_freed_memory, print_json, track
 
 
 def predict(
@@ -46,6 +46,7 @@ def predict(
 
     # The shell writes `-i *.nii.gz` out, and all files but the first arrive as arguments.
     scans = [path for path in runs if path.name.endswith(ENDINGS)]
+    keep_freed_memory()
     predictor = Predictor.load(
         [path for path in runs if path not in scans],
         weights=weights,

@@ -13,7 +13,15 @@ import typer
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as ProgressBar
 
-from utnetv2_fast.cli.console import SECONDS_BETWEEN_LINES, Json, console, messages, print_json, track
+from utnetv2_fast.cli.console import (
+    SECONDS_BETWEEN_LINES,
+    Json,
+    console,
+    keep_freed_memory,
+    messages,
+    print_json,
+    track,
+)
 from utnetv2_fast.cli.evaluate import score_table
 from utnetv2_fast.errors import InputError
 
@@ -36,9 +44,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="The run folder to write.", show_default="runs/DATASET-PRESET-foldK")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, with its own settings.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out as it was set up.")] = False,
     prepared: Annotated[
         Path | None,
         typer.Option(help="Where prepared cases are or go.", show_default="prepared/DATASET-2d or -3d"),
@@ -79,6 +85,7 @@ def train(
     from utnetv2_fast.experiment import existing_runs, new_runs, run_fold, spread_over_folds, suggest_preset
     from utnetv2_fast.models import get_preset
 
+    keep_freed_memory()
     target = resolve_device(device)
     changes = _given(
         epochs=epochs,
@@ -102,10 +109,8 @@ def train(
         dimensions = get_preset(preset).dimensions
         store = prepare_dataset(dataset, prepared or default_folder(dataset, dimensions), dimensions, track)
         folds = None if fold == "all" else [_fold_number(fold)]
-        out = (
-            out
-            or Path("runs") / f"{dataset.folder.resolve().name}-{preset}-{'all' if folds is None else f'fold{fold}'}"
-        )
+        name = f"{dataset.folder.resolve().name}-{preset}-{'all' if folds is None else f'fold{fold}'}"
+        out = out or Path("runs") / name
         runs = new_runs(store, dataset.folder, preset, folds, out, changes)
 
     evaluations = []

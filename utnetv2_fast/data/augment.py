@@ -267,8 +267,9 @@ def _move(
     for b in range(batch):
         flips = [axis - dimensions for axis in mirrored[b].nonzero().flatten().tolist()]
         if not resampled[b]:
-            out_image[b] = image[b][(slice(None), *crop)].flip(flips)
             out_label[b] = label[b][crop].flip(flips)
+            in_every_channel = (slice(None), *crop)
+            out_image[b] = image[b][in_every_channel].flip(flips)
         elif flips:
             out_image[b] = out_image[b].flip(flips)
             out_label[b] = out_label[b].flip(flips)

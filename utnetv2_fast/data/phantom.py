@@ -131,7 +131,8 @@ class _Grid:
         """x and y (Z, Y, X), z (Z, 1, 1)"""
         x = self.x[None, None, :] + self.shift[0][:, None, None]
         y = self.y[None, :, None] + self.shift[1][:, None, None]
-        return *np.broadcast_arrays(x, y), self.z[:, None, None]
+        x, y = np.broadcast_arrays(x, y)
+        return x, y, self.z[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _draw_heart(rng: np.random.Generator) -> _Heart:
     radius = rng.uniform(28, 36)
     return _Heart(
         radius=radius,
-        wall=rng.uniform(7, 10.5),
+        wall=rng.uniform(8, 11),
         length=rng.uniform(58, 74),
         rv_width=rng.uniform(24, 36),
         rv_height=radius * rng.uniform(1.05, 1.3),
@@ -271,7 +272,7 @@ def _surfaces(
     radius = heart.radius * taper * (1 + two * np.cos(2 * theta + phase_two) + three * np.cos(3 * theta + phase_three))
     amplitude, phase = heart.thickening
     wall = heart.wall * (1 - 0.3 * np.clip(t, 0, 1) ** 2) * (1 + amplitude * np.cos(theta + phase))
-    wall = np.where(t < 0, 2.5, wall)
+    wall = np.where(t < 0, 1.5, wall)
     outer = distance - radius + outer_error
     inner = distance - (radius - wall) + inner_error
 

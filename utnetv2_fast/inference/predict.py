@@ -62,6 +62,7 @@ class Predictor:
     ) -> Predictor:
         """The predictor of a run folder, or of several (the folds of one dataset, say) as an ensemble.
 
+        Runs under autocast where the device does it well, unless the run was trained in float32.
         Raises InputError for what is no run folder, runs of different plans or window sizes, and an absent device.
         """
         if not runs:
@@ -84,7 +85,9 @@ class Predictor:
                     "average only runs of one prepared dataset."
                 )
         models = [folder.load_model(weights).to(target) for folder in folders]
-        return cls(models, first.plan, first.patch_size, target, autocast_dtype(target), batch_size, weighting, mirror)
+        exact = any(config.training.precision == "float32" for config in configs)
+        autocast = None if exact else autocast_dtype(target)
+        return cls(models, first.plan, first.patch_size, target, autocast, batch_size, weighting, mirror)
 
     def __call__(self, scan: Scan) -> NDArray[np.uint8]:
         """The label map (Z, Y, X) of a scan, on its canonical grid."""

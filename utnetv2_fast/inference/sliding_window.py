@@ -92,7 +92,8 @@ def sliding_window(
                 along_axes = (shares[axis][i].view(-1, *[1] * (dims - 1 - axis)) for axis, i in enumerate(place))
                 total[b][region].addcmul_(probability, functools.reduce(torch.mul, along_axes), value=1 / len(flips))
     assert total is not None  # there is at least one window
-    return total[(slice(None), slice(None), *(slice(b, b + s) for b, s in zip(before, sizes, strict=True)))]
+    crop = (slice(None), slice(None), *(slice(b, b + s) for b, s in zip(before, sizes, strict=True)))
+    return total[crop]
 
 
 def _shares(starts: Sequence[int], size: int, window: int, weighting: Weighting) -> list[Tensor]:

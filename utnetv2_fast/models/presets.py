@@ -1,4 +1,4 @@
-"""The networks of the paper, their `-medformer` twins as the authors published them, and two small ones for any machine.
+"""The networks of the paper, their `-medformer` twins as the authors published them, and two small ones.
 
 A preset holds everything but the channels of the input and the classes, and the input size it was made for.
 """

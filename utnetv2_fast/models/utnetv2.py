@@ -97,7 +97,7 @@ class UTNetV2(nn.Module):
             )
         size = x.shape[2:]
         x = F.pad(x, padding_to_stride(tuple(size), self.config.stride))
-        crop = (..., *(slice(n) for n in size))
+        crop = (slice(None), slice(None), *(slice(n) for n in size))
         logits, auxiliary = self._forward_padded(x)
         if self.auxiliary_head is not None and self.training:
             return logits[crop], resize_like(self.auxiliary_head(auxiliary), x)[crop]

@@ -1,8 +1,9 @@
-"""The convolutional parts of UTNetV2 in 2D and 3D: pre-activation residual blocks, depthwise-separable projections, MBConv."""
+"""The convolutional parts of UTNetV2 in 2D and 3D: residual blocks, depthwise-separable projections, MBConv."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -30,8 +31,8 @@ def make_norm(norm: Norm, channels: int, dimensions: int, *, instance_eps: float
 
 def make_conv(in_channels: int, out_channels: int, kernel_size: tuple[int, ...], *, bias: bool = False) -> nn.Module:
     """Dense convolution, stride 1, 'same' padding, of as many dimensions as the kernel has."""
-    padding = tuple(k // 2 for k in kernel_size)
-    return _CONV[len(kernel_size)](in_channels, out_channels, kernel_size, padding=padding, bias=bias)
+    conv: Callable[..., nn.Module] = _CONV[len(kernel_size)]
+    return conv(in_channels, out_channels, kernel_size, padding=tuple(k // 2 for k in kernel_size), bias=bias)
 
 
 class DepthwiseConv(nn.Module):
@@ -111,7 +112,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class MBConv(nn.Module):
-    """The feed-forward network of a B-MHA block (paper Eq. 3): expand, depthwise, squeeze-excite, project, plus identity."""
+    """Feed-forward network of a B-MHA block (paper Eq. 3): expand, depthwise, squeeze-excite, project, add."""
 
     def __init__(
         self, channels: int, kernel_size: tuple[int, ...], expansion: int, norm: Norm, *, impl: Impl = "auto"

@@ -51,7 +51,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.scale = scale
         if len(scale) == 2:
-            self.offsets = [(i, j) for j, i in itertools.product(range(scale[1]), range(scale[0]))]
+            self.offsets = [offset[::-1] for offset in itertools.product(*map(range, scale[::-1]))]
         else:
             self.offsets = list(itertools.product(*map(range, scale)))
         merged = in_channels * len(self.offsets)
@@ -60,7 +60,9 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def neighbour(offset: tuple[int, ...]) -> Tensor:
-            return x[(..., *(slice(o, None, s) for o, s in zip(offset, self.scale, strict=True)))]
+            every_second = (slice(o, None, s) for o, s in zip(offset, self.scale, strict=True))
+            index = (slice(None), slice(None), *every_second)
+            return x[index]
 
         return self.reduce(self.norm(torch.cat([neighbour(offset) for offset in self.offsets], dim=1)))
 
@@ -137,7 +139,7 @@ class SkipConnection(nn.Module):
 
 
 class AttentionUpStage(nn.Module):
-    """Skip connection for both maps, then B-MHA blocks: x, skip, map, skipped map -> (token map, semantic map or None)."""
+    """Skip connection for both maps, then B-MHA blocks: x, skip, map, skipped map -> (token map, map or None)."""
 
     def __init__(
         self,
