@@ -20,7 +20,7 @@ class TrainingConfig(BaseModel):
     batch_size: PositiveInt
     learning_rate: PositiveFloat
     schedule: Literal["polynomial", "exponential"] = "polynomial"
-    warmup_epochs: NonNegativeFloat = 1.0
+    warmup_epochs: NonNegativeFloat = Field(default=1.0, description="but at most a tenth of a short training")
     weight_decay: NonNegativeFloat = 0.05
     clip_norm: PositiveFloat = Field(default=12.0, description="largest norm of all gradients together (nnU-Net: 12)")
     ema_decay: float = Field(default=0.99, ge=0, lt=1, description="of the averaged weights, which are the ones kept")
@@ -34,6 +34,10 @@ class TrainingConfig(BaseModel):
     @property
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(min(self.warmup_epochs, self.epochs / 10) * self.steps_per_epoch)
 
 
 # The paper's lengths and batches, the learning rates of the authors' code; the small ones suit two CPU cores.

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -61,7 +62,7 @@ class _State:
             lambda step: learning_rate_factor(
                 step,
                 steps=settings.steps,
-                warmup_steps=round(settings.warmup_epochs * settings.steps_per_epoch),
+                warmup_steps=settings.warmup_steps,
                 schedule=settings.schedule,
             ),
         )
@@ -180,7 +181,7 @@ def train(
 def _load(run: RunFolder, state: _State, device: torch.device) -> None:
     try:
         state.load_state_dict(torch.load(run.resume_file, map_location=device, weights_only=True))
-    except (RuntimeError, KeyError, ValueError, EOFError):
+    except (RuntimeError, KeyError, ValueError, EOFError, UnpicklingError):
         raise InputError(
             f"{run.resume_file}: damaged, or the state of another network; train into a new --out."
         ) from None

@@ -1,0 +1,71 @@
+"""A prepared fold in arrays and a run configured for it, small enough to train in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utnetv2_fast.data.plan import IntensityStatistics, Plan
+from utnetv2_fast.data.prepare import PreparedCase
+from utnetv2_fast.models import PRESETS, UTNetV2Config
+from utnetv2_fast.training import RunConfig, RunFolder, default_training
+
+STATISTICS = IntensityStatistics(mean=0, std=1, median=0, minimum=-1, maximum=1, percentile_00_5=-1, percentile_99_5=1)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., RunFolder]:
+    """make(name, **settings): a configured run of a tiny 2D network on patches of 32 x 32."""
+
+    def make(name: str = "run", **settings: object) -> RunFolder:
+        plan = Plan(
+            dataset="squares",
+            dimensions=2,
+            labels={"background": 0, "square": 1},
+            channels=("MRI",),
+            axes=(0, 1, 2),
+            spacing=(None, 1.0, 1.0),
+            median_shape=(4, 32, 32),
+            normalisation=("zscore",),
+            intensities=(STATISTICS,),
+        )
+        small = {"channels": (4, 8, 8, 8, 8), "heads": (2, 2, 2), "fusion_channels": 8, "fusion_heads": 2}
+        model = UTNetV2Config(**PRESETS["tiny-2d"].fields | small, in_channels=1, num_classes=2)
+        defaults = {"epochs": 3, "steps_per_epoch": 4, "batch_size": 2, "precision": "float32"}
+        training = default_training("tiny-2d").model_copy(update=defaults | settings)
+        run = RunFolder(tmp_path / name)
+        run.write_config(
+            RunConfig(
+                preset="tiny-2d",
+                data=str(tmp_path),
+                prepared=str(tmp_path),
+                fold=0,
+                plan=plan,
+                patch_size=(32, 32),
+                model=model,
+                training=training,
+            )
+        )
+        return run
+
+    return make
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> list[PreparedCase]:
+    """Three volumes (1, 4, 40, 36) with a bright square in every slice."""
+    made = []
+    for index in range(3):
+        rng = np.random.default_rng(index)
+        label = np.zeros((4, 40, 36), np.uint8)
+        label[:, 10 + index : 24, 8 : 20 + index] = 1
+        image = (2.0 * label + 0.3 * rng.standard_normal(label.shape))[None].astype(np.float16)
+        foreground = np.argwhere(label).astype(np.int32)
+        files = [tmp_path / f"case{index}.{part}.npy" for part in ("image", "label", "foreground")]
+        for file, array in zip(files, (image, label, np.insert(foreground, 0, 1, axis=1)), strict=True):
+            np.save(file, array)
+        made.append(PreparedCase(f"case{index}", f"patient{index}", *files))
+    return made

@@ -1,0 +1,112 @@
+"""Training learns, stops where it must, and goes on after an interruption as if there had been none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from utnetv2_fast.data.prepare import PreparedCase
+from utnetv2_fast.errors import InputError, RunError
+from utnetv2_fast.training import RunFolder, train
+from utnetv2_fast.training.loop import Progress
+
+CPU = torch.device("cpu")
+MakeRun = Callable[..., RunFolder]
+Cases = list[PreparedCase]
+
+
+def fit(run: RunFolder, cases: Cases, **options: object) -> torch.nn.Module:
+    return train(run, cases[:2], cases[2:], CPU, **options)  # type: ignore[arg-type]
+
+
+def test_learns_to_find_the_square(make_run: MakeRun, cases: Cases) -> None:
+    run = make_run(epochs=6, steps_per_epoch=20)
+    model = fit(run, cases)
+    metrics = list(run.read_metrics())
+    assert [record["epoch"] for record in metrics] == list(range(6))
+    assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
+    assert metrics[-1]["dice"] > 0.9
+    assert not model.training
+    returned, stored = model.state_dict(), load_file(run.weights_file("last"))
+    assert all(torch.equal(stored[name], tensor) for name, tensor in returned.items())
+    assert max(record["dice"] for record in metrics) >= metrics[-1]["dice"]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 7, 11])
+def test_resumed_run_is_bit_identical(make_run: MakeRun, cases: Cases, stop_after: int) -> None:
+    uninterrupted = make_run("uninterrupted")
+    fit(uninterrupted, cases)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == stop_after:
+            raise Stopped
+
+    interrupted = make_run("interrupted")
+    with pytest.raises(Stopped):
+        fit(interrupted, cases, watch=stop)
+    fit(interrupted, cases)
+    for weights in ("last", "best"):
+        expected, actual = (load_file(run.weights_file(weights)) for run in (uninterrupted, interrupted))
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    records = [[r | {"seconds": None} for r in run.read_metrics()] for run in (uninterrupted, interrupted)]
+    assert records[0] == records[1]
+
+
+def test_progress_counts_every_step_once(make_run: MakeRun, cases: Cases) -> None:
+    seen: list[Progress] = []
+    fit(make_run(), cases, watch=seen.append)
+    assert [progress.step for progress in seen] == list(range(1, 13))
+    assert seen[-1].seconds_left == 0
+    assert seen[0].dice is None
+    assert seen[-1].dice is not None
+
+
+def test_loss_that_is_not_finite_names_the_cases(make_run: MakeRun, cases: Cases, tmp_path: Path) -> None:
+    image = np.array(cases[1].image())
+    image[:] = np.inf
+    np.save(tmp_path / "broken.npy", image)
+    broken = replace(cases[1], name="broken_scan", image_file=tmp_path / "broken.npy")
+    with pytest.raises(RunError, match="not finite.*broken_scan"):
+        train(make_run(augmentation="none"), [broken], cases[2:], CPU)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_damaged_state_is_refused(make_run: MakeRun, cases: Cases, content: bytes) -> None:
+    run = make_run(epochs=1)
+    fit(run, cases)
+    run.resume_file.write_bytes(content)
+    with pytest.raises(InputError, match=r"resume\.pt: damaged"):
+        fit(run, cases)
+
+
+def test_state_of_another_network_is_refused(make_run: MakeRun, cases: Cases) -> None:
+    run = make_run(epochs=1)
+    fit(run, cases)
+    config = run.config
+    run.write_config(config.model_copy(update={"model": config.model.model_copy(update={"expansion": 3})}))
+    with pytest.raises(InputError, match="another network"):
+        fit(run, cases)
+
+
+def test_nothing_half_written_is_left_when_training_stops(make_run: MakeRun, cases: Cases) -> None:
+    run = make_run()
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 6:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(run, cases, watch=stop)
+    names = {file.name for file in (run.path / "checkpoints").iterdir()}
+    assert names == {"last.safetensors", "best.safetensors", "resume.pt"}
