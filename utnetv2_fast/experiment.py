@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from utnetv2_fast.data.dataset import Dataset
 from utnetv2_fast.data.nifti import read_scan
@@ -27,7 +28,7 @@ from utnetv2_fast.files import write_text_atomically
 from utnetv2_fast.inference.predict import Predictor, predict_files
 from utnetv2_fast.models import Preset, UTNetV2Config, get_preset
 from utnetv2_fast.progress import Track, silent
-from utnetv2_fast.training import RunConfig, RunFolder, default_training, train
+from utnetv2_fast.training import RunConfig, RunFolder, TrainingConfig, default_training, train
 from utnetv2_fast.training.loop import Progress, ignore_progress, training_dtype
 
 
@@ -69,8 +70,16 @@ def configure(prepared: Prepared, data: Path, preset_name: str, fold: int, chang
         plan=plan,
         patch_size=patch.patch_size,
         model=UTNetV2Config(**fields),
-        training=default_training(preset_name).model_validate(default_training(preset_name).model_dump() | changes),
+        training=_training(preset_name, changes),
     )
+
+
+def _training(preset_name: str, changes: dict[str, Any]) -> TrainingConfig:
+    try:
+        return TrainingConfig.model_validate(default_training(preset_name).model_dump() | changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{first['loc'][0]} cannot be {first['input']!r}: {first['msg']}.") from None
 
 
 def _patch(prepared: Prepared, preset: Preset) -> PatchPlan:

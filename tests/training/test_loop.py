@@ -38,7 +38,7 @@ def test_learns_to_find_the_square(make_run: MakeRun, cases: Cases) -> None:
     assert max(record["dice"] for record in metrics) >= metrics[-1]["dice"]
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -49,10 +49,10 @@ def test_resumed_run_is_bit_identical(make_run: MakeRun, cases: Cases, stop_afte
 
     def stop(progress: Progress) -> None:
         if progress.step == stop_after:
-            raise Stopped
+            raise StoppedError
 
     interrupted = make_run("interrupted")
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         fit(interrupted, cases, watch=stop)
     fit(interrupted, cases)
     for weights in ("last", "best"):
@@ -77,7 +77,7 @@ def test_loss_that_is_not_finite_names_the_cases(make_run: MakeRun, cases: Cases
     image[:] = np.inf
     np.save(tmp_path / "broken.npy", image)
     broken = replace(cases[1], name="broken_scan", image_file=tmp_path / "broken.npy")
-    with pytest.raises(RunError, match="not finite.*broken_scan"):
+    with pytest.raises(RunError, match=r"not finite.*broken_scan"):
         train(make_run(augmentation="none"), [broken], cases[2:], CPU)
 
 
@@ -104,9 +104,9 @@ def test_nothing_half_written_is_left_when_training_stops(make_run: MakeRun, cas
 
     def stop(progress: Progress) -> None:
         if progress.step == 6:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         fit(run, cases, watch=stop)
     names = {file.name for file in (run.path / "checkpoints").iterdir()}
     assert names == {"last.safetensors", "best.safetensors", "resume.pt"}

@@ -27,7 +27,7 @@ class TrainingConfig(BaseModel):
     background_weight: PositiveFloat = Field(default=0.5, description="of class 0 in the cross-entropy; others have 1")
     auxiliary_weight: float = Field(default=0.5, ge=0, lt=1, description="share of the auxiliary output in the loss")
     foreground_fraction: float = Field(default=1 / 3, ge=0, le=1, description="share of patches forced to foreground")
-    augmentation: str = Field(default="nnunet", description="name of an augmentation profile")
+    augmentation: Literal["none", "paper", "nnunet", "nnunet-no-mirroring"] = "nnunet"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: NonNegativeInt = 0
 

@@ -1,0 +1,101 @@
+"""`train` prepares, trains, predicts and scores; goes on where it was stopped; refuses what it cannot use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+Call = Callable[..., int]
+SHORT = ("--preset", "tiny-2d", "--epochs", 1, "--steps-per-epoch", 2, "--batch-size", 2)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_one_fold_from_scans_to_scores(call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--data", demo, *SHORT, "--out", "run", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    run = place / "run"
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints/last.safetensors",
+        "checkpoints/best.safetensors",
+        "validation/scores.csv",
+        "validation/scores.json",
+    ):
+        assert (run / name).is_file(), name
+    scores = json.loads((run / "validation" / "scores.json").read_text())
+    assert result["runs"]["run"] == scores
+    assert scores["cases"] == 2
+    held_out = sorted((run / "validation").glob("*.nii.gz"))
+    for file in held_out:
+        reference = nib.load(demo / "labelsTr" / file.name)
+        prediction = nib.load(file)
+        assert prediction.shape == reference.shape
+        np.testing.assert_allclose(prediction.affine, reference.affine, atol=1e-5)
+        assert prediction.get_data_dtype() == np.uint8
+
+    assert call("train", "--data", demo, *SHORT, "--out", "run") == 2
+    assert "holds a run already" in capsys.readouterr().err
+    before = (run / "checkpoints" / "last.safetensors").read_bytes()
+    assert call("train", "--resume", "--out", "run") == 0
+    assert (run / "checkpoints" / "last.safetensors").read_bytes() == before
+
+    scan = demo / "imagesTr" / f"{held_out[0].name.removesuffix('.nii.gz')}_0000.nii.gz"
+    assert call("predict", "run", "-i", scan, "-o", "predicted", "--device", "cpu") == 0
+    predicted = nib.load(place / "predicted" / held_out[0].name)
+    np.testing.assert_array_equal(np.asarray(predicted.dataobj), np.asarray(nib.load(held_out[0]).dataobj))
+
+
+def test_all_folds_and_their_spread(call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--data", demo, *SHORT, "--fold", "all", "--out", "runs", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert sorted(result["runs"]) == ["runs/fold-0", "runs/fold-1"]
+    dice = [run["mean"]["dice"] for run in result["runs"].values()]
+    assert result["folds"]["dice"]["mean"] == pytest.approx(np.mean(dice))
+    assert result["folds"]["dice"]["std"] == pytest.approx(np.std(dice, ddof=1))
+
+
+def test_a_dataset_whose_classes_changed_is_not_resumed(
+    call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", "--data", demo, *SHORT, "--out", "run") == 0
+    (place / "run" / "validation" / "scores.json").unlink()
+    content = json.loads((demo / "dataset.json").read_text())
+    content["labels"]["LV"], content["labels"]["RV"] = content["labels"]["RV"], content["labels"]["LV"]
+    (demo / "dataset.json").write_text(json.dumps(content))
+    assert call("train", "--resume", "--out", "run") == 2
+    assert "classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--fold", "7"), "no fold 7"),
+        (("--fold", "first"), "--fold first"),
+        (("--preset", "tiny"), "no preset 'tiny'"),
+        (("--device", "tpu"), "device 'tpu'"),
+        (("--resume",), "--resume needs --out"),
+        (("--augmentation", "wild"), "augmentation"),
+        (("--precision", "int4"), "precision"),
+    ],
+)
+def test_wrong_options_are_one_sentence(
+    call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    preset = () if "--preset" in arguments else ("--preset", "tiny-2d")
+    assert call("train", "--data", demo, *preset, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (place / "runs").exists()
