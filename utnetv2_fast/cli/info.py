@@ -6,7 +6,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rich.table import Table
+from rich.box import SIMPLE
+from rich.table import Column, Table
 
 import utnetv2_fast
 from utnetv2_fast.cli.console import Json, console, print_json
@@ -30,7 +31,7 @@ def info(json: Json = False) -> None:
         print_json({"versions": versions, "presets": presets})
         return
     console.print(", ".join(f"{package} {number}" for package, number in versions.items()), highlight=False)
-    table = Table("preset", "input", "blocks", "heads", "map", "norm", "parameters")
+    table = Table(Column("preset", no_wrap=True), "input", "blocks", "heads", "map", "norm", "parameters", box=SIMPLE, pad_edge=False)
     for name, preset in presets.items():
         sizes = ["x".join(map(str, preset[key])) for key in ("input_size", "map_size")]
         counts = [",".join(map(str, preset[key])) for key in ("blocks", "heads")]
