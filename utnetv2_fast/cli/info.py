@@ -31,7 +31,8 @@ def info(json: Json = False) -> None:
         print_json({"versions": versions, "presets": presets})
         return
     console.print(", ".join(f"{package} {number}" for package, number in versions.items()), highlight=False)
-    table = Table(Column("preset", no_wrap=True), "input", "blocks", "heads", "map", "norm", "parameters", box=SIMPLE, pad_edge=False)
+    headers = ("preset", "input", "blocks", "heads", "map", "norm", "params")
+    table = Table(*(Column(header, no_wrap=True) for header in headers), box=SIMPLE, padding=0)
     for name, preset in presets.items():
         sizes = ["x".join(map(str, preset[key])) for key in ("input_size", "map_size")]
         counts = [",".join(map(str, preset[key])) for key in ("blocks", "heads")]
