@@ -60,4 +60,4 @@ def predict(
     if json:
         print_json({"predictions": {case.name: file for case, file in zip(cases, files, strict=True)}})
     else:
-        console.print(f"{out}: {len(files)} label maps.", highlight=False)
+        console.print(f"{out}: {len(files)} label maps.", markup=False, highlight=False, soft_wrap=True)

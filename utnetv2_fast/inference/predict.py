@@ -23,8 +23,10 @@ from utnetv2_fast.inference.sliding_window import Weighting, sliding_window
 from utnetv2_fast.progress import Track, silent
 from utnetv2_fast.training.run_folder import RunFolder, Weights
 
-# Windows share a batch up to this many voxels: sixteen slices of 256 x 256, or one volume of 128^3.
-_VOXELS_PER_BATCH = 2**20
+# Windows share a batch up to this many voxels. A GPU wants much at once: sixteen slices of 256 x 256, or one volume of
+# 128^3. A CPU is busy with one such slice, and larger tensors only leave its caches.
+_VOXELS_PER_BATCH_ON_CPU = 2**16
+_VOXELS_PER_BATCH_ON_GPU = 2**20
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Predictor:
                 images,
                 self.patch_size,
                 weighting=self.weighting,
-                batch_size=self.batch_size or max(1, _VOXELS_PER_BATCH // math.prod(self.patch_size)),
+                batch_size=self.batch_size or self._fitting_batch_size(),
                 mirror_axes=range(self.plan.dimensions) if self.mirror else (),
             )
             for model in self.models
@@ -119,6 +121,10 @@ class Predictor:
             average += other
         average /= len(self.models)
         return average.movedim(1, 0) if in_slices else average[0]
+
+    def _fitting_batch_size(self) -> int:
+        voxels = _VOXELS_PER_BATCH_ON_CPU if self.device.type == "cpu" else _VOXELS_PER_BATCH_ON_GPU
+        return max(1, voxels // math.prod(self.patch_size))
 
     def _logits(self, model: nn.Module, windows: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
