@@ -10,15 +10,15 @@ DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps"
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name` (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`); `auto` is the first GPU, else the CPU.
+    """The device called `name` (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`); `auto` is the first CUDA GPU, else the CPU.
+
+    An Apple GPU is taken only by name: torch lacks some of the 3D operations there.
 
     Raises:
         InputError: the name is none of these, or this machine has no such device.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", 0)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -30,7 +30,7 @@ def resolve_device(name: str) -> torch.device:
             raise InputError(f"device {name!r} was asked for, but torch finds no CUDA GPU here: use --device cpu.")
         if device.index is None:
             return torch.device("cuda", 0)
-        if device.index >= torch.cuda.device_count():
+        if not 0 <= device.index < torch.cuda.device_count():
             raise InputError(
                 f"device {name!r} was asked for, but this machine has {torch.cuda.device_count()} GPUs, from cuda:0 up."
             )

@@ -23,7 +23,7 @@ from utnetv2_fast.data.resample import ANISOTROPY_THRESHOLD
 from utnetv2_fast.data.splits import load_or_make_splits
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.evaluation.metrics import Evaluation, evaluate_files
-from utnetv2_fast.evaluation.tables import write_tables
+from utnetv2_fast.evaluation.tables import summarise, write_tables
 from utnetv2_fast.files import write_text_atomically
 from utnetv2_fast.inference.predict import Predictor, predict_files
 from utnetv2_fast.models import Preset, UTNetV2Config, get_preset
@@ -35,10 +35,10 @@ from utnetv2_fast.training.loop import Progress, ignore_progress, training_dtype
 def suggest_preset(dataset: Dataset, device: torch.device) -> str:
     """A preset for a dataset: 2D where slices are thick, else 3D; the paper's size on a GPU, the small one elsewhere.
 
-    Five scans of the dataset decide.
+    The first scans of the dataset decide.
     """
-    some = dataset.cases[:: max(1, len(dataset.cases) // 5)]
-    spacings = np.median([read_scan(case.images).grid.spacing for case in some], axis=0)
+    scans = (read_scan(case.images, len(dataset.channels)) for case in dataset.cases[:5])
+    spacings = np.median([scan.grid.spacing for scan in scans], axis=0)
     thick = spacings.max() > ANISOTROPY_THRESHOLD * spacings.min()
     if device.type == "cuda":
         return "acdc-2d" if thick else "lits-3d"
@@ -48,17 +48,13 @@ def suggest_preset(dataset: Dataset, device: torch.device) -> str:
 def configure(prepared: Prepared, data: Path, preset_name: str, fold: int, changes: dict[str, Any]) -> RunConfig:
     """The configuration of a run: the preset fitted to the data, its training settings with `changes` applied.
 
-    Raises InputError when the preset has other dimensions than the prepared data, or there is no such fold.
+    The cases of the fold become part of it: what was trained on stays out of the scores whatever becomes of the
+    splits. Raises InputError when there is no such fold.
     """
     preset, plan = get_preset(preset_name), prepared.plan
-    if preset.dimensions != plan.dimensions:
-        raise InputError(
-            f"{prepared.folder}: prepared for {plan.dimensions}D networks, but {preset_name} is {preset.dimensions}D; "
-            "name another folder with --prepared."
-        )
-    folds = len(load_or_make_splits(prepared))
-    if not 0 <= fold < folds:
-        raise InputError(f"There is no fold {fold}: {prepared.folder / 'splits.json'} has folds 0 to {folds - 1}.")
+    splits = load_or_make_splits(prepared)
+    if not 0 <= fold < len(splits):
+        raise InputError(f"There is no fold {fold}: {prepared.folder / 'splits.json'} has 0 to {len(splits) - 1}.")
     patch = _patch(prepared, preset)
     fitted = {"scales": patch.scales, "kernel_sizes": patch.kernel_sizes} if preset.fits_data else {}
     fields = preset.fields | fitted | {"in_channels": len(plan.channels), "num_classes": plan.num_classes}
@@ -67,16 +63,19 @@ def configure(prepared: Prepared, data: Path, preset_name: str, fold: int, chang
         data=str(data.resolve()),
         prepared=str(prepared.folder.resolve()),
         fold=fold,
+        train_cases=tuple(splits[fold]["train"]),
+        held_out_cases=tuple(splits[fold]["val"]),
         plan=plan,
         patch_size=patch.patch_size,
         model=UTNetV2Config(**fields),
-        training=_training(preset_name, changes),
+        training=training_settings(preset_name, changes),
     )
 
 
-def _training(preset_name: str, changes: dict[str, Any]) -> TrainingConfig:
+def training_settings(preset: str, changes: dict[str, Any]) -> TrainingConfig:
+    """The preset's settings with `changes` applied; InputError for values that they cannot take."""
     try:
-        return TrainingConfig.model_validate(default_training(preset_name).model_dump() | changes)
+        return TrainingConfig.model_validate(default_training(preset).model_dump() | changes)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{first['loc'][0]} cannot be {first['input']!r}: {first['msg']}.") from None
@@ -101,8 +100,7 @@ def new_runs(
 
     Raises InputError when there are runs already, and for what `configure` refuses.
     """
-    if existing := [run for run in _runs_under(out) if run.config_file.exists()]:
-        raise InputError(f"{existing[0].path}: holds a run already; go on with it by --resume, or name another --out.")
+    refuse_existing_runs(out)
     if folds is None:
         folds = range(len(load_or_make_splits(prepared)))
     alone = len(folds) == 1
@@ -111,6 +109,14 @@ def new_runs(
     for fold, run in runs.items():
         run.write_config(configs[fold])
     return list(runs.values())
+
+
+def refuse_existing_runs(out: Path) -> None:
+    """Raises InputError when `out` holds a run, or is a file."""
+    if existing := _runs_under(out):
+        raise InputError(f"{existing[0].path}: holds a run already; go on with it by --resume, or name another --out.")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; name a folder as --out.")
 
 
 def existing_runs(out: Path) -> list[RunFolder]:
@@ -144,12 +150,17 @@ def run_fold(
             f"{prepared.folder}: its classes, channels or spacing are not those that {run.path} was configured for; "
             "restore the dataset, or train into a new --out."
         )
-    split = load_or_make_splits(prepared)[config.fold]
     by_name = {case.name: case for case in prepared.cases}
-    held_out = [case for case in dataset.cases if case.name in set(split["val"])]
+    if missing := sorted({*config.train_cases, *config.held_out_cases} - by_name.keys()):
+        raise InputError(
+            f"{prepared.folder}: case {missing[0]} of the run {run.path} is gone; restore it, or train anew."
+        )
+    held_out = [case for case in dataset.cases if case.name in config.held_out_cases]
     if not run.scores_file.exists():
-        write_text_atomically(run.environment_file, json.dumps(describe_environment(device), indent=2))
-        train_cases, validation_cases = ([by_name[name] for name in split[side]] for side in ("train", "val"))
+        run.append_environment(describe_environment(device))
+        train_cases, validation_cases = (
+            [by_name[name] for name in names] for names in (config.train_cases, config.held_out_cases)
+        )
         model = train(run, train_cases, validation_cases, device, watch=watch)
         dtype = training_dtype(config.training, device)
         predictor = Predictor([model], config.plan, config.patch_size, device, autocast=dtype)
@@ -157,6 +168,7 @@ def run_fold(
     pairs = [(case.name, run.validation_folder / f"{case.name}.nii.gz", case.label) for case in held_out if case.label]
     evaluation = evaluate_files(pairs, config.plan.labels, track)
     write_tables(evaluation, run.validation_folder)
+    write_text_atomically(run.scores_file, json.dumps(summarise(evaluation), indent=2))
     return evaluation
 
 

@@ -9,6 +9,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+
+from utnetv2_fast.data.dataset import read_dataset
+from utnetv2_fast.experiment import suggest_preset
 
 Call = Callable[..., int]
 SHORT = ("--preset", "tiny-2d", "--epochs", 1, "--steps-per-epoch", 2, "--batch-size", 2)
@@ -32,9 +36,10 @@ def test_one_fold_from_scans_to_scores(call: Call, demo: Path, place: Path, caps
         "checkpoints/best.safetensors",
         "validation/scores.csv",
         "validation/scores.json",
+        "scores.json",
     ):
         assert (run / name).is_file(), name
-    scores = json.loads((run / "validation" / "scores.json").read_text())
+    scores = json.loads((run / "scores.json").read_text())
     assert result["runs"]["run"] == scores
     assert scores["cases"] == 2
     held_out = sorted((run / "validation").glob("*.nii.gz"))
@@ -48,6 +53,7 @@ def test_one_fold_from_scans_to_scores(call: Call, demo: Path, place: Path, caps
     assert call("train", "--data", demo, *SHORT, "--out", "run") == 2
     assert "holds a run already" in capsys.readouterr().err
     before = (run / "checkpoints" / "last.safetensors").read_bytes()
+    (place / "prepared" / "demo-2d" / "splits.json").unlink()  # the run keeps the cases it was trained on
     assert call("train", "--resume", "--out", "run") == 0
     assert (run / "checkpoints" / "last.safetensors").read_bytes() == before
 
@@ -70,7 +76,7 @@ def test_a_dataset_whose_classes_changed_is_not_resumed(
     call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("train", "--data", demo, *SHORT, "--out", "run") == 0
-    (place / "run" / "validation" / "scores.json").unlink()
+    (place / "run" / "scores.json").unlink()
     content = json.loads((demo / "dataset.json").read_text())
     content["labels"]["LV"], content["labels"]["RV"] = content["labels"]["RV"], content["labels"]["LV"]
     (demo / "dataset.json").write_text(json.dumps(content))
@@ -88,6 +94,8 @@ def test_a_dataset_whose_classes_changed_is_not_resumed(
         (("--resume",), "--resume needs --out"),
         (("--augmentation", "wild"), "augmentation"),
         (("--precision", "int4"), "precision"),
+        (("--seed", str(2**64)), "seed"),
+        (("--out", "demo/dataset.json"), "is a file"),
     ],
 )
 def test_wrong_options_are_one_sentence(
@@ -99,3 +107,28 @@ def test_wrong_options_are_one_sentence(
     assert message in error
     assert "Traceback" not in error
     assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [("--epochs", "3"), ("--fold", "1"), ("--preset", "tiny-2d")])
+def test_a_resumed_run_keeps_its_settings(
+    call: Call, place: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert call("train", "--resume", "--out", "run", *arguments) == 2
+    assert "leave the others out" in capsys.readouterr().err
+
+
+def test_preset_is_suggested_by_slice_thickness_for_any_number_of_channels(tmp_path: Path) -> None:
+    """Thick slices ask for 2D, cubes for 3D, in one file of several channels too (as some Decathlon sets have)."""
+    for spacing, expected in (((1, 1, 8, 1), "tiny-2d"), ((1, 1, 1, 1), "tiny-3d")):
+        folder = tmp_path / expected
+        for part, shape in (("imagesTr", (8, 8, 8, 2)), ("labelsTr", (8, 8, 8))):
+            (folder / part).mkdir(parents=True)
+            array = np.arange(np.prod(shape)).reshape(shape) % 2
+            nib.save(nib.Nifti1Image(array.astype(np.uint8), np.diag([*spacing[:3], 1])), folder / part / "a.nii.gz")
+        content = {
+            "modality": {"0": "T1", "1": "T2"},
+            "labels": {"0": "background", "1": "lesion"},
+            "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+        }
+        (folder / "dataset.json").write_text(json.dumps(content))
+        assert suggest_preset(read_dataset(folder), torch.device("cpu")) == expected

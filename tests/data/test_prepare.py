@@ -131,11 +131,29 @@ def test_a_new_time_alone_counts_as_a_change(source: Path, tmp_path: Path, store
     assert stored == ["CASE01"]
 
 
-def test_another_plan_makes_everything_anew(source: Path, tmp_path: Path, stored: list[str]) -> None:
+def test_another_recipe_makes_everything_anew(
+    source: Path, tmp_path: Path, stored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare(read_dataset(source), tmp_path / "out", 3)
     stored.clear()
-    assert prepare(read_dataset(source), tmp_path / "out", 2).plan.dimensions == 2
+    monkeypatch.setattr(module, "_FORMAT", 2)
+    prepare(read_dataset(source), tmp_path / "out", 3)
     assert len(stored) == 4
+
+
+def test_what_others_prepared_is_not_replaced(
+    source: Path, tmp_path: Path, stored: list[str], make_dataset: Callable[..., Path]
+) -> None:
+    """Two datasets of one folder name meet in the default folder, with the same case names perhaps."""
+    prepared = prepare(read_dataset(source), tmp_path / "out", 3)
+    stored.clear()
+    with pytest.raises(InputError, match="prepared for 3D"):
+        prepare(read_dataset(source), tmp_path / "out", 2)
+    other = make_dataset(tmp_path / "other" / "source", cases=4, shape=(10, 11, 12))
+    with pytest.raises(InputError, match="of another dataset"):
+        prepare(read_dataset(other), tmp_path / "out", 3)
+    assert stored == []
+    assert Prepared.load(tmp_path / "out") == prepared
 
 
 def test_cases_come_and_go(source: Path, tmp_path: Path, stored: list[str]) -> None:
@@ -194,8 +212,9 @@ def test_a_folder_that_is_being_changed_is_not_complete(
         raise OSError("stopped")
 
     monkeypatch.setattr(module, "_store_case", fail)
+    monkeypatch.setattr(module, "_FORMAT", 2)
     with pytest.raises(OSError, match="stopped"):
-        prepare(read_dataset(source), tmp_path / "out", 2)
+        prepare(read_dataset(source), tmp_path / "out", 3)
     with pytest.raises(InputError, match="not a completely prepared"):
         Prepared.load(tmp_path / "out")
 

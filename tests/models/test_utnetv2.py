@@ -64,7 +64,7 @@ def test_padding_does_not_reach_into_an_input_that_fits(dimensions: int) -> None
     model = tiny(dimensions).eval()
     x = torch.randn(1, 2, *(32,) * dimensions)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), model._forward_padded(x)[0], rtol=0, atol=0)
+        torch.testing.assert_close(model(x), model._forward_padded(x)[0])
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -145,3 +145,11 @@ def test_unknown_preset_names_the_known_ones() -> None:
 def test_configuration_survives_json() -> None:
     config = UTNetV2Config(**PRESETS["acdc-3d"].fields, in_channels=1, num_classes=4)
     assert UTNetV2Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_foreign_weights_are_refused_by_name() -> None:
+    model = tiny(2)
+    with pytest.raises(ValueError, match=r"stem\.conv\.weight has shape \(1,\)"):
+        model.load_medformer_state_dict({"inc.conv1.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="not that of a MedFormer"):
+        model.load_medformer_state_dict({"down2.trans_blocks.blocks.0.attn.feat_qv.pointwise.weight": torch.zeros(3)})

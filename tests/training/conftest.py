@@ -43,6 +43,8 @@ def make_run(tmp_path: Path) -> Callable[..., RunFolder]:
                 data=str(tmp_path),
                 prepared=str(tmp_path),
                 fold=0,
+                train_cases=("case0", "case1"),
+                held_out_cases=("case2",),
                 plan=plan,
                 patch_size=(32, 32),
                 model=model,

@@ -58,6 +58,14 @@ def main() -> None:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 1)
+    except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        _fail(
+            f"{error.filename}: a file stands where a folder is needed, or the other way round; name another path.", 2
+        )
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        _fail("The memory of the GPU is full; use a smaller --batch-size, or --device cpu.", 1)
     except OSError as error:
         if error.errno not in USERS_OS_ERRORS:
             raise

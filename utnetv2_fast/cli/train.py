@@ -40,7 +40,7 @@ def train(
     preset: Annotated[
         str | None, typer.Option(help="Network: see `utnetv2-fast info`.", show_default="by slice thickness and device")
     ] = None,
-    fold: Annotated[str, typer.Option(help="Number of the fold to hold out, or all.")] = "0",
+    fold: Annotated[str | None, typer.Option(help="Number of the fold to hold out, or all.", show_default="0")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder to write.", show_default="runs/DATASET-PRESET-foldK")
     ] = None,
@@ -82,7 +82,15 @@ def train(
     from utnetv2_fast.data.prepare import prepare as prepare_dataset
     from utnetv2_fast.devices import resolve_device
     from utnetv2_fast.evaluation.tables import summarise
-    from utnetv2_fast.experiment import existing_runs, new_runs, run_fold, spread_over_folds, suggest_preset
+    from utnetv2_fast.experiment import (
+        existing_runs,
+        new_runs,
+        refuse_existing_runs,
+        run_fold,
+        spread_over_folds,
+        suggest_preset,
+        training_settings,
+    )
     from utnetv2_fast.models import get_preset
 
     keep_freed_memory()
@@ -97,20 +105,22 @@ def train(
         seed=seed,
     )
     if resume:
-        if out is None or changes or preset is not None:
+        if out is None or changes or preset is not None or fold is not None:
             raise InputError("--resume needs --out, and keeps the run's own settings: leave the others out.")
         runs = existing_runs(out)
         config = runs[0].config
         dataset = read_dataset(data or Path(config.data))
         store = prepare_dataset(dataset, prepared or Path(config.prepared), config.plan.dimensions, track)
     else:
+        folds = None if fold == "all" else [_fold_number(fold or "0")]
         dataset = read_dataset(data) if data is not None else _demo_dataset()
         preset = preset or suggest_preset(dataset, target)
         dimensions = get_preset(preset).dimensions
-        store = prepare_dataset(dataset, prepared or default_folder(dataset, dimensions), dimensions, track)
-        folds = None if fold == "all" else [_fold_number(fold)]
-        name = f"{dataset.folder.resolve().name}-{preset}-{'all' if folds is None else f'fold{fold}'}"
+        name = f"{dataset.folder.resolve().name}-{preset}-{'all' if folds is None else f'fold{folds[0]}'}"
         out = out or Path("runs") / name
+        training_settings(preset, changes)
+        refuse_existing_runs(out)
+        store = prepare_dataset(dataset, prepared or default_folder(dataset, dimensions), dimensions, track)
         runs = new_runs(store, dataset.folder, preset, folds, out, changes)
 
     evaluations = []

@@ -156,7 +156,9 @@ def write_label(file: Path, label: NDArray[np.uint8], grid: Grid) -> None:
         header["cal_min"] = header["cal_max"] = 0
         header.extensions.clear()
         kind: type[nib.Nifti1Image] = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-        image = kind(native.reshape(header.get_data_shape()), grid.affine, header)
+        # A single slice stays as it was stored, (X, Y) or (X, Y, 1); of several volumes in a file one remains.
+        shape = header.get_data_shape()
+        image = kind(native.reshape(shape if prod(shape) == native.size else grid.shape), grid.affine, header)
     with atomic_write(file) as temporary:
         nib.save(image, temporary)
 

@@ -110,9 +110,11 @@ def prepare(dataset: Dataset, folder: Path, dimensions: Dimensions, track: Track
     """Verify `dataset`, plan it and store every case under `folder`; only what changed since the last time is done.
 
     A file counts as changed when its size or its modification time does. Stopped at any point, the work goes on
-    where it was when called again. Raises InputError with the first problem of the dataset, and how many more.
+    where it was when called again. Raises InputError with the first problem of the dataset, and how many more, and when
+    `folder` holds the cases of another dataset or for other dimensions.
     """
     folder = Path(folder)
+    _refuse_foreign(folder, dataset, dimensions)
     fingerprint = _fingerprint(dataset, folder / "fingerprint.json", track)
     plan = make_plan(dataset, fingerprint, dimensions)
     recipe = _recipe(plan)
@@ -142,6 +144,19 @@ def prepare(dataset: Dataset, folder: Path, dimensions: Dimensions, track: Track
         shutil.copyfile(dataset.folder / "dataset.json", temporary)
     write_text_atomically(plan_file, plan.model_dump_json(indent=2))
     return Prepared.load(folder)
+
+
+def _refuse_foreign(folder: Path, dataset: Dataset, dimensions: Dimensions) -> None:
+    """InputError when `folder` holds cases of which this dataset has none, or that are for other dimensions."""
+    plan = _stored(Plan, folder / "plan.json")
+    if plan is not None and plan.dimensions != dimensions:
+        raise InputError(f"{folder}: prepared for {plan.dimensions}D networks; name another folder, or delete it.")
+    records = [_stored(_Record, file) for file in (folder / "cases").glob("*.json")]
+    stored = {record.sources for record in records if record is not None}
+    if stored and stored.isdisjoint(_sources([case]) for case in dataset.cases):
+        raise InputError(
+            f"{folder}: holds the cases of another dataset than {dataset.folder}; name another folder, or delete it."
+        )
 
 
 def _fingerprint(dataset: Dataset, file: Path, track: Track) -> Fingerprint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 class TrainingConfig(BaseModel):
@@ -29,7 +29,7 @@ class TrainingConfig(BaseModel):
     foreground_fraction: float = Field(default=1 / 3, ge=0, le=1, description="share of patches forced to foreground")
     augmentation: Literal["none", "paper", "nnunet", "nnunet-no-mirroring"] = "nnunet"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @property
     def steps(self) -> int:

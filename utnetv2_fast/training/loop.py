@@ -49,10 +49,7 @@ class _State:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         settings = config.training
         torch.manual_seed(settings.seed)
-        # Measured on a CPU: slices are faster channels-last, volumes are not.
         self.model = UTNetV2(config.model).to(device)
-        if config.model.dimensions == 2:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.averaged = AveragedModel(self.model, multi_avg_fn=_ema(settings.ema_decay), use_buffers=True)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, eps=1e-5, weight_decay=settings.weight_decay
@@ -133,7 +130,7 @@ def train(
     settings = config.training
     state = _State(config, device)
     if run.resume_file.exists():
-        _load(run, state, device)
+        _load(run, state)
     run.keep_metrics_before(state.epoch)
     dtype = training_dtype(settings, device)
     weights = torch.ones(config.model.num_classes, device=device)
@@ -178,10 +175,11 @@ def train(
     return state.network.eval()
 
 
-def _load(run: RunFolder, state: _State, device: torch.device) -> None:
+def _load(run: RunFolder, state: _State) -> None:
     try:
-        state.load_state_dict(torch.load(run.resume_file, map_location=device, weights_only=True))
-    except (RuntimeError, KeyError, ValueError, EOFError, UnpicklingError):
+        # By way of the CPU: a GPU would keep the optimiser's step counters, and each step would wait for every one.
+        state.load_state_dict(torch.load(run.resume_file, map_location="cpu", weights_only=True))
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, UnpicklingError):
         raise InputError(
             f"{run.resume_file}: damaged, or the state of another network; train into a new --out."
         ) from None
@@ -229,8 +227,6 @@ def _step(
     dtype: torch.dtype | None,
 ) -> float:
     """One optimiser step; the loss."""
-    if image.ndim == 4:
-        image = image.contiguous(memory_format=torch.channels_last)
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
         outputs = state.model(image)
     loss = supervised_loss(outputs, label, class_weights, settings.auxiliary_weight)

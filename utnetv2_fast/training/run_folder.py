@@ -32,6 +32,8 @@ class RunConfig(BaseModel):
     data: str  # the dataset's folder
     prepared: str  # its prepared folder
     fold: int
+    train_cases: tuple[str, ...]
+    held_out_cases: tuple[str, ...]
     plan: Plan
     patch_size: tuple[int, ...]
     model: UTNetV2Config
@@ -67,7 +69,7 @@ class RunFolder:
     @property
     def scores_file(self) -> Path:
         """Written last: a run that has it is finished."""
-        return self.validation_folder / "scores.json"
+        return self.path / "scores.json"
 
     def weights_file(self, weights: Weights) -> Path:
         return self.path / "checkpoints" / f"{weights}.safetensors"
@@ -111,6 +113,12 @@ class RunFolder:
         except RuntimeError:
             raise InputError(f"{file}: weights of another network than {self.config_file} describes.") from None
         return model.eval()
+
+    def append_environment(self, description: dict[str, Any]) -> None:
+        """Add to `environment.json`, which has one entry for every time the run was started or resumed."""
+        file = self.environment_file
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        write_text_atomically(file, json.dumps([*earlier, description], indent=2))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:
