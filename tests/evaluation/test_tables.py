@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from utnetv2_fast.errors import InputError
 from utnetv2_fast.evaluation.metrics import Evaluation, Score
 from utnetv2_fast.evaluation.tables import summarise, write_tables
 
@@ -49,3 +50,9 @@ def test_json_is_strict_json_with_null_for_what_is_undefined(tmp_path: Path) -> 
     assert content["classes"]["right"]["dice"] == {"mean": None, "std": None, "cases": 0}
     assert content["mean"]["dice"] == pytest.approx((0.5 + 1 / 3) / 2)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scores.csv", "scores.json"]
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "scores").write_text("")
+    with pytest.raises(InputError, match="scores: a file"):
+        write_tables(EVALUATION, tmp_path / "scores")

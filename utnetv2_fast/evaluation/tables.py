@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from utnetv2_fast.errors import InputError
 from utnetv2_fast.evaluation.metrics import Evaluation
 from utnetv2_fast.files import atomic_write, write_text_atomically
 
@@ -22,7 +23,9 @@ MISSING_CLASS_RULE = (
 
 
 def write_tables(evaluation: Evaluation, folder: Path) -> None:
-    """Write `scores.csv` and `scores.json` into `folder`, which is made if need be."""
+    """Write `scores.csv` and `scores.json` into `folder`, made if need be; InputError when it is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file, where the scores need a folder; name another.")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "scores.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)

@@ -148,26 +148,27 @@ def predict_files(
     Raises InputError, before anything is predicted, when a file would replace an input, or an existing file without
     `overwrite`. A scan that cannot be read does not stop the others: InputError names all of those at the end.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file, where the label maps need a folder; name another.")
     targets = [folder / f"{case.name}.nii.gz" for case in cases]
-    for case, target in zip(cases, targets, strict=True):
-        if target.resolve() in [image.resolve() for image in case.images]:
-            raise InputError(f"{target}: the prediction would replace its own scan; write to another folder.")
+    inputs = {image.resolve() for case in cases for image in case.images}
+    for target in targets:
+        if target.resolve() in inputs:
+            raise InputError(f"{target}: the prediction would replace a scan; write to another folder.")
         if target.exists() and not overwrite:
             raise InputError(f"{target}: exists already; write to another folder, or replace it with --overwrite.")
     written, problems = [], []
     for case, target in track(list(zip(cases, targets, strict=True)), "Predicting"):
         try:
-            scan = _read_channels(case.images, predictor.plan)
+            scan = read_scan(case.images, len(predictor.plan.channels))
         except InputError as problem:
             problems.append(str(problem))
             continue
         write_label(target, predictor(scan), scan.grid)
         written.append(target)
     if problems:
-        raise InputError(
-            f"{len(problems)} of {len(cases)} scans could not be predicted, the others are in {folder}: "
-            + " ".join(problems)
-        )
+        done = f"{len(problems)} of {len(cases)} scans could not be predicted, the others are in {folder}: "
+        raise InputError((done if written else "") + " ".join(problems))
     return written
 
 
@@ -198,23 +199,16 @@ def predict(
         raise TypeError("predict needs an affine with an array, and none with files")
     runs = [run] if isinstance(run, str | Path) else run
     predictor = Predictor.load(runs, weights=weights, device=device, weighting=weighting, mirror=mirror)
+    channels = predictor.plan.channels
     if isinstance(image, np.ndarray):
         assert affine is not None
         scan = scan_from_array(image, affine)
-        if len(scan.image) != len(predictor.plan.channels):
-            raise InputError(f"The image has {len(scan.image)} channels, but {_trained_on(predictor.plan)}.")
+        if len(scan.image) != len(channels):
+            raise InputError(
+                f"The image has {len(scan.image)} channels, but the run was trained on {', '.join(channels)}; "
+                "give those."
+            )
     else:
-        scan = _read_channels([Path(f) for f in ([image] if isinstance(image, str | Path) else image)], predictor.plan)
+        files = [image] if isinstance(image, str | Path) else image
+        scan = read_scan([Path(file) for file in files], len(channels))
     return label_to_native(predictor(scan), scan.grid)
-
-
-def _read_channels(files: Sequence[Path], plan: Plan) -> Scan:
-    """A scan with exactly the plan's channels."""
-    scan = read_scan(files, len(plan.channels))
-    if len(scan.image) != len(plan.channels):
-        raise InputError(f"{files[0]}: a scan of {len(scan.image)} channels, but {_trained_on(plan)}.")
-    return scan
-
-
-def _trained_on(plan: Plan) -> str:
-    return f"the run was trained on {len(plan.channels)} ({', '.join(plan.channels)}); give one file for each"
