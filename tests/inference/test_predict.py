@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from utnetv2_fast.data.dataset import list_scans
 from utnetv2_fast.data.nifti import label_to_native, read_label, read_scan, scan_from_array
 from utnetv2_fast.data.plan import IntensityStatistics, Plan
+from utnetv2_fast.data.preprocess import preprocess_image
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.inference.predict import Predictor, predict, predict_files
 from utnetv2_fast.models import UTNetV2
@@ -190,6 +191,16 @@ def test_half_precision_is_near_float32() -> None:
     assert not torch.equal(half, exact)
     # Not voxel by voxel: an untrained network amplifies rounding.
     assert (half - exact).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_scans_are_segmented_alike_on_every_device(dimensions: int, device: torch.device) -> None:
+    scan = scan_from_array(structured_image((40, 37, 21)), affine_of((1, 1, 1)))
+    on_cpu = predictor(Threshold(), make_plan(dimensions))
+    on_device = replace(on_cpu, models=[Threshold().eval().to(device)], device=device)
+    image, _ = preprocess_image(scan, on_cpu.plan)
+    assert on_device.probabilities(image).device.type == device.type
+    np.testing.assert_array_equal(on_device(scan), on_cpu(scan))
 
 
 def test_a_network_in_training_mode_is_refused() -> None:
