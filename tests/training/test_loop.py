@@ -141,3 +141,15 @@ def test_nothing_half_written_is_left_when_saving_fails(
     assert run.resume_file.read_bytes() == before
     names = {file.name for file in (run.path / "checkpoints").iterdir()}
     assert names == {"last.safetensors", "best.safetensors", "resume.pt"}
+
+
+def test_averaged_weights_keep_up_with_the_latest(make_run: MakeRun, cases: Cases) -> None:
+    """Their batch norms have statistics of their own: those of the latest weights can ruin an average of many."""
+    run = make_run(epochs=1, steps_per_epoch=30, warmup_epochs=0.0)
+    averaged = fit(run, cases)
+    state = torch.load(run.resume_file, weights_only=True)
+    for name, latest in state["model"].items():
+        if name.endswith("running_var"):
+            assert not torch.equal(averaged.state_dict()[name], latest), name
+    [record] = run.read_metrics()
+    assert record["dice"] > 0.5
