@@ -345,3 +345,12 @@ def test_other_files(tmp_path: Path) -> None:
     for name in ("text.nii", "plain.nii.gz", "scan.mha", "folder.nii", "absent.nii.gz"):
         with pytest.raises(InputError, match=name):
             read_scan([tmp_path / name])
+
+
+@settings(max_examples=50)
+@given(angles=st.tuples(*[st.floats(-0.6, 0.6)] * 3), spacing=st.tuples(*[st.sampled_from([0.9, 1.25, 1.5625, 8])] * 3))
+def test_turning_a_scan_does_not_change_its_spacing(
+    make_affine: Callable[..., np.ndarray], angles: tuple[float, ...], spacing: tuple[float, ...]
+) -> None:
+    turned = make_affine(spacing=spacing, angles=angles).astype(np.float32).astype(np.float64)
+    assert sorted(Grid((4, 5, 6), turned).spacing) == sorted(spacing)

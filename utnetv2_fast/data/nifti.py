@@ -58,8 +58,11 @@ class Grid:
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """(z, y, x) of the canonical array, in mm."""
-        x, y, z = (float(size) for size in voxel_sizes(self.canonical_affine))
+        """(z, y, x) of the canonical array, in mm, without the digits that are rounding of a turned float32 affine.
+
+        They would decide where a resampled size lies halfway between two numbers of voxels.
+        """
+        x, y, z = (round(float(size), 5) for size in voxel_sizes(self.canonical_affine))
         return z, y, x
 
 
