@@ -47,7 +47,7 @@ _RECIPES: dict[str, dict[str, float]] = {
     "bcv-3d": {"epochs": 150, "steps_per_epoch": 300, "batch_size": 3, "learning_rate": 6e-4, "warmup_epochs": 5},
     "lits-3d": {"epochs": 200, "steps_per_epoch": 500, "batch_size": 2, "learning_rate": 4e-4, "warmup_epochs": 5},
     "cardiac-2d": {"epochs": 150, "steps_per_epoch": 250, "batch_size": 32, "learning_rate": 5e-4, "warmup_epochs": 5},
-    "tiny-2d": {"epochs": 10, "steps_per_epoch": 40, "batch_size": 8, "learning_rate": 3e-3},
+    "tiny-2d": {"epochs": 12, "steps_per_epoch": 40, "batch_size": 8, "learning_rate": 3e-3},
     "tiny-3d": {"epochs": 30, "steps_per_epoch": 100, "batch_size": 2, "learning_rate": 2e-3},
 }
 
