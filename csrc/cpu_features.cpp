@@ -2,9 +2,9 @@
 
 namespace utnetv2 {
 
-#if (defined(__GNUC__) || defined(__clang__)) && (defined(__x86_64__) || defined(__i386__))
+#ifdef UTNETV2_X86
 
-InstructionSet instruction_set() {
+InstructionSet widest_instruction_set() {
     // These also ask the system whether it saves the wide registers.
     static const InstructionSet set = [] {
         __builtin_cpu_init();
@@ -18,7 +18,7 @@ InstructionSet instruction_set() {
 
 #else
 
-InstructionSet instruction_set() { return InstructionSet::baseline; }
+InstructionSet widest_instruction_set() { return InstructionSet::baseline; }
 
 #endif
 

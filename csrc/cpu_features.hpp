@@ -3,10 +3,10 @@
 
 namespace utnetv2 {
 
-enum class InstructionSet { baseline, avx2, avx512 };
+enum class InstructionSet { baseline, avx2, avx512 };  // from the narrowest to the widest
 
-// The widest set that every kernel is compiled for and that runs here.
-InstructionSet instruction_set();
+// The widest set that the kernels are compiled for and that runs here.
+InstructionSet widest_instruction_set();
 
 const char* name(InstructionSet set);
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from utnetv2_fast.ops import reference
 from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, check_dtype, lowered
-from utnetv2_fast.ops.dispatch import Impl, choose
+from utnetv2_fast.ops.dispatch import Impl, choose, implementation
 
 
 def bidirectional_attention(
@@ -115,7 +114,7 @@ torch.library.define(
 def _forward(
     q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor, scale: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.bidirectional_attention(q, v, map_q, map_v, scale)
+    return implementation(impl).bidirectional_attention(q, v, map_q, map_v, scale)
 
 
 @torch.library.register_fake("utnetv2_fast::bidirectional_attention")
@@ -139,7 +138,7 @@ def _backward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return reference.bidirectional_attention_backward(
+    return implementation(impl).bidirectional_attention_backward(
         grad_out, grad_map_out, q, v, map_q, map_v, map_out, column_lse, scale
     )
 
@@ -162,7 +161,7 @@ def _backward_fake(
 
 @torch.library.impl("utnetv2_fast::token_attention", "default")
 def _token_forward(q: Tensor, map_q: Tensor, map_v: Tensor, scale: float, impl: str) -> Tensor:
-    return reference.token_attention(q, map_q, map_v, scale)
+    return implementation(impl).token_attention(q, map_q, map_v, scale)
 
 
 @torch.library.register_fake("utnetv2_fast::token_attention")
@@ -174,7 +173,7 @@ def _token_forward_fake(q: Tensor, map_q: Tensor, map_v: Tensor, scale: float, i
 def _token_backward(
     grad_out: Tensor, q: Tensor, map_q: Tensor, map_v: Tensor, scale: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.token_attention_backward(grad_out, q, map_q, map_v, scale)
+    return implementation(impl).token_attention_backward(grad_out, q, map_q, map_v, scale)
 
 
 @torch.library.register_fake("utnetv2_fast::token_attention_backward")

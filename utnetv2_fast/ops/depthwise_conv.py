@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from utnetv2_fast.ops import reference
 from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, check_dtype, lowered
-from utnetv2_fast.ops.dispatch import Impl, choose
+from utnetv2_fast.ops.dispatch import Impl, choose, implementation
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -71,7 +70,7 @@ torch.library.define(
 
 @torch.library.impl("utnetv2_fast::depthwise_conv", "default")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-    return reference.depthwise_conv(x, weight, bias)
+    return implementation(impl).depthwise_conv(x, weight, bias)
 
 
 @torch.library.register_fake("utnetv2_fast::depthwise_conv")
@@ -81,7 +80,7 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> 
 
 @torch.library.impl("utnetv2_fast::depthwise_conv_backward_weight", "default")
 def _backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor, impl: str) -> Tensor:
-    return reference.depthwise_conv_backward_weight(grad_out, x, weight)
+    return implementation(impl).depthwise_conv_backward_weight(grad_out, x, weight)
 
 
 @torch.library.register_fake("utnetv2_fast::depthwise_conv_backward_weight")

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+
+from utnetv2_fast.ops import cpu, reference
+from utnetv2_fast.ops.extension import load_extension
 
 Impl = Literal["auto", "reference", "cpu", "triton"]
 BACKENDS = ("triton", "cpu", "reference")  # fastest first
@@ -20,9 +25,26 @@ def refusal(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> str | N
     """Why `backend` cannot run `operator` on `tensors`; None when it can."""
     if backend == "triton":
         return "the Triton kernels are not built in this version"
-    if backend == "cpu":
+    if backend == "cpu" and operator == "bidirectional_attention":
         return "the C++ kernels are not built in this version"
+    if backend == "cpu":
+        elsewhere = next((t.device for t in tensors if t.device.type != "cpu"), None)
+        if elsewhere is not None:
+            return f"it computes on the CPU, and these tensors are on {elsewhere}"
+        return _extension_is_missing()
     return None
+
+
+@torch.compiler.assume_constant_result
+def _extension_is_missing() -> str | None:
+    if load_extension() is None:
+        return "the C++ extension is not built: install a C++17 compiler, then install utnetv2-fast again"
+    return None
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module that holds the operators of `backend`."""
+    return {"reference": reference, "cpu": cpu}[backend]
 
 
 def choose(operator: str, impl: str, tensors: tuple[Tensor, ...]) -> str:

@@ -1,0 +1,417 @@
+// Depthwise convolution, 2D and 3D, stride 1, zero 'same' padding: every channel with its own kernel.
+//
+//   out[z, y, x] = bias + sum over taps (a, b, c) of weight[a, b, c] * in[z + a - A/2, y + b - B/2, x + c - C/2]
+//   grad_weight[a, b, c] = sum over (z, y, x) of grad_out[z, y, x] * in[z + a - A/2, y + b - B/2, x + c - C/2]
+//
+// The roof is memory: at 27 taps there are 7 operations per byte of float32. So every element is read from memory once.
+// A piece of work is a group of channels times a slab of planes times a band of rows. It slides along the planes with a
+// ring of the A planes that the taps reach, each copied into thread-owned memory that fits the second cache, with zeros
+// around it, in float whatever the storage type. On such a plane a tap is a constant offset, so that
+//
+//   out[j] += weight[t] * plane[j + offset[t]]
+//
+// runs over one flat range with eight vectors of accumulators and no edge cases; what it computes between the rows is
+// not copied out. This is one loop for both layouts: with channels-last maps a vector holds channels of one position,
+// with all others positions of one channel.
+#include "kernel_tools.hpp"
+#include "kernels.hpp"
+#include "parallel.hpp"
+#include "vector.hpp"
+
+namespace utnetv2 {
+namespace UTNETV2_ISA {
+namespace {
+
+constexpr int64_t PLANES_BYTES = 256 << 10;  // of a piece's planes: half a second cache of today's smaller ones
+constexpr int64_t PIECES = 32;               // at least, where the shape allows: enough for many threads
+constexpr int64_t LINE = 64;                 // bytes of a cache line
+constexpr int64_t UNROLL = 8;                // vectors of accumulators: products take four cycles, two start in each
+
+// (B, C, D, H, W) with strides; 2D has D = 1.
+template <class T>
+struct Map {
+    T* data;
+    int64_t b, c, d, h, w;  // strides
+};
+
+template <class T>
+Map<T> as_map(const Tensor& t) {
+    const int64_t* s = t.strides;
+    T* data = static_cast<T*>(t.data);
+    return t.dimensions == 4 ? Map<T>{data, s[0], s[1], 0, s[2], s[3]} : Map<T>{data, s[0], s[1], s[2], s[3], s[4]};
+}
+
+struct Geometry {
+    int64_t batch, channels, depth, height, width;
+    int64_t taps_d, taps_h, taps_w;
+    bool channels_last;  // channels vary fastest
+    int64_t lanes;       // channels side by side in a vector: all lanes, or 1
+    int64_t groups;      // vectors of channels in a piece: a cache line of them
+    int64_t pitch;       // positions from row to row of a plane
+    int64_t band, slab;  // rows and planes of a piece's output
+    int64_t bands, slabs, channel_pieces;
+
+    int64_t pieces() const { return batch * channel_pieces * slabs * bands; }
+    int64_t taps() const { return taps_d * taps_h * taps_w; }
+    int64_t channels_of_piece() const { return lanes * groups; }
+    // Elements of a plane of `rows` rows; the slack is what the last vectors of a sweep reach beyond it.
+    template <class A>
+    int64_t plane(int64_t rows) const {
+        const int64_t used = (rows * pitch + taps_w) * lanes + UNROLL * LANES<A>;
+        return divide_up(used, LANES<A>) * LANES<A>;
+    }
+};
+
+template <class T>
+Geometry make_geometry(const Tensor& x, const Tensor& weight) {
+    using A = Arithmetic<T>;
+    Geometry g;
+    const bool planar = x.dimensions == 4;
+    g.batch = x.sizes[0], g.channels = x.sizes[1];
+    g.depth = planar ? 1 : x.sizes[2];
+    g.height = x.sizes[x.dimensions - 2], g.width = x.sizes[x.dimensions - 1];
+    g.taps_d = planar ? 1 : weight.sizes[2];
+    g.taps_h = weight.sizes[x.dimensions - 2], g.taps_w = weight.sizes[x.dimensions - 1];
+    g.channels_last = x.strides[1] == 1 && x.strides[x.dimensions - 1] != 1 && g.channels > 1;
+    g.lanes = g.channels_last ? LANES<A> : 1;
+    g.groups = g.channels_last ? smaller(LINE / int64_t(sizeof(T)) / g.lanes, divide_up(g.channels, g.lanes)) : 1;
+    g.pitch = g.width + g.taps_w - 1;
+    g.channel_pieces = divide_up(g.channels, g.channels_of_piece());
+
+    const int64_t row_bytes = g.taps_d * g.groups * g.pitch * g.lanes * int64_t(sizeof(A));
+    const int64_t rows = larger(PLANES_BYTES / row_bytes - (g.taps_h - 1), int64_t(1));
+    g.bands = divide_up(g.height, rows);
+    const int64_t wanted = divide_up(PIECES, larger(g.batch * g.channel_pieces * g.bands, int64_t(1)));
+    // A cut repeats the planes or rows around it, so pieces stay several times as thick as what they repeat.
+    g.slabs = clamp(wanted, 1, larger(g.depth / (4 * g.taps_d), int64_t(1)));
+    if (g.depth == 1) g.bands = larger(g.bands, smaller(wanted, larger(g.height / (8 * g.taps_h), int64_t(1))));
+    g.band = divide_up(g.height, g.bands), g.bands = divide_up(g.height, g.band);
+    g.slab = divide_up(g.depth, g.slabs), g.slabs = divide_up(g.depth, g.slab);
+    return g;
+}
+
+// A piece: its sample, first channel, and output planes [z0, z1) and rows [y0, y1).
+struct Piece {
+    int64_t sample, channel, channels, z0, z1, y0, y1;
+    int64_t rows() const { return y1 - y0; }
+};
+
+Piece make_piece(const Geometry& g, int64_t i) {
+    // Channels vary fastest, so that threads at work together share the lines that channels of one position share.
+    Piece p;
+    p.channel = i % g.channel_pieces * g.channels_of_piece(), i /= g.channel_pieces;
+    p.channels = smaller(g.channels_of_piece(), g.channels - p.channel);
+    p.y0 = i % g.bands * g.band, i /= g.bands;
+    p.y1 = smaller(p.y0 + g.band, g.height);
+    p.z0 = i % g.slabs * g.slab;
+    p.z1 = smaller(p.z0 + g.slab, g.depth);
+    p.sample = i / g.slabs;
+    return p;
+}
+
+template <class A>
+void fill_zero(A* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = 0;
+}
+
+// One row of positions: `before` zeros, the row's elements, zeros up to `pitch`; all of them zeros without `from`.
+// Vectors of channels go to planes `group` elements apart.
+template <class T, class A>
+void copy_row_in(const Geometry& g, const T* from, const Map<T>& map, int64_t channels, int64_t before, A* to,
+                 int64_t group) {
+    const int64_t lanes = g.lanes;
+    for (int64_t k = 0; k < g.groups; ++k) {
+        A* row = to + k * group;
+        if (!from) {
+            fill_zero(row, g.pitch * lanes);
+            continue;
+        }
+        fill_zero(row, before * lanes);
+        fill_zero(row + (before + g.width) * lanes, (g.pitch - before - g.width) * lanes);
+    }
+    if (!from) return;
+    to += before * lanes;
+    if (!g.channels_last) {
+        if (map.w == 1) {
+            int64_t x = 0;
+            for (; x + LANES<A> <= g.width; x += LANES<A>) store(to + x, load(from + x));
+            for (; x < g.width; ++x) to[x] = to_arithmetic(from[x]);
+        } else {
+            for (int64_t x = 0; x < g.width; ++x) to[x] = to_arithmetic(from[x * map.w]);
+        }
+    } else if (map.c == 1) {
+        const int64_t full = channels / lanes, rest = channels % lanes;
+        for (int64_t x = 0; x < g.width; ++x, from += map.w, to += lanes) {
+            for (int64_t k = 0; k < full; ++k) store(to + k * group, load(from + k * lanes));
+            if (rest) store(to + full * group, load_part(from + full * lanes, rest));
+        }
+    } else {
+        for (int64_t c = 0; c < g.channels_of_piece(); ++c) {
+            A* lane = to + c / lanes * group + c % lanes;
+            const T* channel = from + c * map.c;
+            for (int64_t x = 0; x < g.width; ++x)
+                lane[x * lanes] = c < channels ? to_arithmetic(channel[x * map.w]) : A(0);
+        }
+    }
+}
+
+template <class T, class A>
+void copy_row_out(const Geometry& g, const A* from, int64_t group, T* to, const Map<T>& map, int64_t channels) {
+    const int64_t lanes = g.lanes;
+    if (!g.channels_last) {
+        if (map.w == 1) {
+            int64_t x = 0;
+            for (; x + LANES<A> <= g.width; x += LANES<A>) store(to + x, load(from + x));
+            for (; x < g.width; ++x) to[x] = from_arithmetic<T>(from[x]);
+        } else {
+            for (int64_t x = 0; x < g.width; ++x) to[x * map.w] = from_arithmetic<T>(from[x]);
+        }
+    } else if (map.c == 1) {
+        const int64_t full = channels / lanes, rest = channels % lanes;
+        for (int64_t x = 0; x < g.width; ++x, from += lanes, to += map.w) {
+            for (int64_t k = 0; k < full; ++k) store(to + k * lanes, load(from + k * group));
+            if (rest) store_part(to + full * lanes, load(from + full * group), rest);
+        }
+    } else {
+        for (int64_t c = 0; c < channels; ++c) {
+            const A* lane = from + c / lanes * group + c % lanes;
+            for (int64_t x = 0; x < g.width; ++x) to[c * map.c + x * map.w] = from_arithmetic<T>(lane[x * lanes]);
+        }
+    }
+}
+
+// Rows [y0, y0 + rows) of plane z, those outside the map as zeros, each with `before` zeros in front.
+template <class T, class A>
+void copy_plane_in(const Geometry& g, const Map<T>& map, const Piece& p, int64_t z, int64_t y0, int64_t rows,
+                   int64_t before, A* to, int64_t group) {
+    const T* plane = map.data + p.sample * map.b + p.channel * map.c + z * map.d;
+    for (int64_t y = y0; y < y0 + rows; ++y, to += g.pitch * g.lanes) {
+        const T* row = y >= 0 && y < g.height ? plane + y * map.h : nullptr;
+        copy_row_in(g, row, map, p.channels, before, to, group);
+    }
+    for (int64_t k = 0; k < g.groups; ++k)
+        fill_zero(to + k * group, g.plane<A>(rows) - rows * g.pitch * g.lanes);
+}
+
+// The planes around the current one, plane z at slot z mod taps_d, copied in as the window slides over them.
+template <class T, class A>
+struct Ring {
+    const Geometry& g;
+    const Map<T>& map;
+    const Piece& piece;
+    A* memory;
+    int64_t group;  // elements of one vector of channels' plane
+    int64_t next;   // the first plane not copied in yet
+
+    Ring(const Geometry& g, const Map<T>& map, const Piece& piece, A* memory)
+        : g(g), map(map), piece(piece), memory(memory), group(g.plane<A>(piece.rows() + g.taps_h - 1)) {
+        next = larger(piece.z0 - g.taps_d / 2, int64_t(0));
+    }
+    static int64_t elements(const Geometry& g) { return g.taps_d * g.groups * g.plane<A>(g.band + g.taps_h - 1); }
+
+    void reach(int64_t z) {
+        for (; next <= z + g.taps_d / 2 && next < g.depth; ++next)
+            copy_plane_in(g, map, piece, next, piece.y0 - g.taps_h / 2, piece.rows() + g.taps_h - 1, g.taps_w / 2,
+                          slot(next), group);
+    }
+    A* slot(int64_t z) const { return memory + z % g.taps_d * g.groups * group; }
+};
+
+// out[j] = start + sum over taps of weight[t] * source[t][j] for COUNT vectors of j.
+template <int COUNT, class A>
+inline void correlate_block(Vec<A> start, int64_t taps, const A* const* source, const A* weight, int64_t j, A* out) {
+    Vec<A> total[COUNT];
+    for (int r = 0; r < COUNT; ++r) total[r] = start;
+    for (int64_t t = 0; t < taps; ++t) {
+        const Vec<A> w = load(weight + t * LANES<A>);
+        const A* from = source[t] + j;
+#pragma GCC unroll 16
+        for (int r = 0; r < COUNT; ++r) total[r] += w * load(from + r * LANES<A>);
+    }
+    for (int r = 0; r < COUNT; ++r) store(out + j + r * LANES<A>, total[r]);
+}
+
+template <class A>
+void correlate(Vec<A> start, int64_t taps, const A* const* source, const A* weight, int64_t count, A* out) {
+    constexpr int64_t step = LANES<A>;
+    int64_t j = 0;
+    for (; j + (UNROLL / 2) * step < count; j += UNROLL * step)
+        correlate_block<UNROLL, A>(start, taps, source, weight, j, out);
+    if (j < count) correlate_block<UNROLL / 2, A>(start, taps, source, weight, j, out);
+}
+
+// total[t] += sum over j of grad[j] * source[t][j], for COUNT taps.
+template <int COUNT, class A>
+void accumulate_block(const A* const* source, const A* grad, int64_t count, double* total) {
+    Vec<A> products[COUNT] = {};
+    for (int64_t j = 0; j < count; j += LANES<A>) {
+        const Vec<A> g = load(grad + j);
+#pragma GCC unroll 16
+        for (int t = 0; t < COUNT; ++t) products[t] += g * load(source[t] + j);
+    }
+    for (int t = 0; t < COUNT; ++t)
+        for (int64_t i = 0; i < LANES<A>; ++i) total[t * LANES<A> + i] += products[t][i];
+}
+
+template <class A>
+void accumulate(int64_t taps, const A* const* source, const A* grad, int64_t count, double* total) {
+    constexpr int64_t most = 9;
+    while (taps > 0) {
+        const int64_t block = smaller(taps, most);
+        switch (block) {
+            case 9: accumulate_block<9, A>(source, grad, count, total); break;
+            case 8: accumulate_block<8, A>(source, grad, count, total); break;
+            case 7: accumulate_block<7, A>(source, grad, count, total); break;
+            case 6: accumulate_block<6, A>(source, grad, count, total); break;
+            case 5: accumulate_block<5, A>(source, grad, count, total); break;
+            case 4: accumulate_block<4, A>(source, grad, count, total); break;
+            case 3: accumulate_block<3, A>(source, grad, count, total); break;
+            case 2: accumulate_block<2, A>(source, grad, count, total); break;
+            default: accumulate_block<1, A>(source, grad, count, total); break;
+        }
+        taps -= block, source += block, total += block * LANES<A>;
+    }
+}
+
+// Element (c, a, b, x) of a weight-like tensor.
+template <class T>
+T* tap_of(const Tensor& weight, int64_t c, int64_t a, int64_t b, int64_t x) {
+    const int last = weight.dimensions - 1;
+    int64_t offset = c * weight.strides[0] + b * weight.strides[last - 1] + x * weight.strides[last];
+    if (weight.dimensions == 5) offset += a * weight.strides[2];
+    return static_cast<T*>(weight.data) + offset;
+}
+
+// Calls visit(t, a, b, c) for all taps whose plane exists at output plane z; t counts them.
+template <class F>
+int64_t for_taps(const Geometry& g, int64_t z, const F& visit) {
+    int64_t t = 0;
+    for (int64_t a = 0; a < g.taps_d; ++a) {
+        const int64_t plane = z + a - g.taps_d / 2;
+        if (plane < 0 || plane >= g.depth) continue;
+        for (int64_t b = 0; b < g.taps_h; ++b)
+            for (int64_t c = 0; c < g.taps_w; ++c) visit(t++, a, b, c);
+    }
+    return t;
+}
+
+template <class T>
+void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out) {
+    using A = Arithmetic<T>;
+    constexpr int64_t L = LANES<A>;
+    const Geometry g = make_geometry<T>(x, weight);
+    const Map<T> from = as_map<T>(x), to = as_map<T>(out);
+
+    parallel_for(g.pieces(), [&](int64_t i) {
+        const Piece p = make_piece(g, i);
+        const int64_t plane = g.plane<A>(p.rows());
+        Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * plane * sizeof(A),
+                    g.groups * g.taps() * L * sizeof(A), g.taps() * L * sizeof(A), g.groups * L * sizeof(A),
+                    g.taps() * sizeof(A*));
+        A* planes = arena.take<A>(Ring<T, A>::elements(g));
+        A* result = arena.take<A>(g.groups * plane);
+        A* all_weights = arena.take<A>(g.groups * g.taps() * L);  // [group][tap][lane]
+        A* weights = arena.take<A>(g.taps() * L);                 // of the taps in use
+        A* starts = arena.take<A>(g.groups * L);
+        const A** sources = arena.take<const A*>(g.taps());
+
+        for (int64_t k = 0; k < g.groups; ++k)
+            for (int64_t lane = 0; lane < L; ++lane) {
+                const int64_t within = k * g.lanes + (g.channels_last ? lane : 0), c = p.channel + within;
+                const bool exists = within < p.channels;
+                A* w = all_weights + k * g.taps() * L + lane;
+                for (int64_t a = 0; a < g.taps_d; ++a)
+                    for (int64_t b = 0; b < g.taps_h; ++b)
+                        for (int64_t e = 0; e < g.taps_w; ++e, w += L)
+                            *w = exists ? to_arithmetic(*tap_of<T>(weight, c, a, b, e)) : A(0);
+                starts[k * L + lane] =
+                    bias && exists ? to_arithmetic(static_cast<T*>(bias->data)[c * bias->strides[0]]) : A(0);
+            }
+
+        Ring<T, A> ring(g, from, p, planes);
+        for (int64_t z = p.z0; z < p.z1; ++z) {
+            ring.reach(z);
+            for (int64_t k = 0; k < g.groups; ++k) {
+                const int64_t used = for_taps(g, z, [&](int64_t t, int64_t a, int64_t b, int64_t c) {
+                    sources[t] = ring.slot(z + a - g.taps_d / 2) + k * ring.group + (b * g.pitch + c) * g.lanes;
+                    const int64_t tap = (a * g.taps_h + b) * g.taps_w + c;
+                    store(weights + t * L, load(all_weights + (k * g.taps() + tap) * L));
+                });
+                const int64_t count = ((p.rows() - 1) * g.pitch + g.width) * g.lanes;
+                correlate<A>(load(starts + k * L), used, sources, weights, count, result + k * plane);
+            }
+            T* row = to.data + p.sample * to.b + p.channel * to.c + z * to.d + p.y0 * to.h;
+            for (int64_t y = 0; y < p.rows(); ++y)
+                copy_row_out(g, result + y * g.pitch * g.lanes, plane, row + y * to.h, to, p.channels);
+        }
+    });
+}
+
+template <class T>
+void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight) {
+    using A = Arithmetic<T>;
+    constexpr int64_t L = LANES<A>;
+    const Geometry g = make_geometry<T>(x, grad_weight);
+    const Map<T> grad = as_map<T>(grad_out), from = as_map<T>(x);
+    const int64_t per_piece = g.groups * g.taps() * L;
+    const Buffer<double> partial(g.pieces() * per_piece);  // [piece][group][tap][lane]
+
+    parallel_for(g.pieces(), [&](int64_t i) {
+        const Piece p = make_piece(g, i);
+        const int64_t plane = g.plane<A>(p.rows()), plane_taps = g.taps_h * g.taps_w;
+        Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * plane * sizeof(A), plane_taps * sizeof(A*));
+        A* planes = arena.take<A>(Ring<T, A>::elements(g));
+        A* grads = arena.take<A>(g.groups * plane);
+        const A** sources = arena.take<const A*>(plane_taps);
+        double* totals = partial.data + i * per_piece;
+        fill_zero(totals, per_piece);
+
+        Ring<T, A> ring(g, from, p, planes);
+        for (int64_t z = p.z0; z < p.z1; ++z) {
+            ring.reach(z);
+            copy_plane_in(g, grad, p, z, p.y0, p.rows(), 0, grads, plane);
+            const int64_t count = p.rows() * g.pitch * g.lanes;
+            for (int64_t a = 0; a < g.taps_d; ++a) {
+                const int64_t other = z + a - g.taps_d / 2;
+                if (other < 0 || other >= g.depth) continue;
+                for (int64_t k = 0; k < g.groups; ++k) {
+                    for (int64_t t = 0; t < plane_taps; ++t)
+                        sources[t] =
+                            ring.slot(other) + k * ring.group + (t / g.taps_w * g.pitch + t % g.taps_w) * g.lanes;
+                    accumulate<A>(plane_taps, sources, grads + k * plane, count,
+                                  totals + (k * g.taps() + a * plane_taps) * L);
+                }
+            }
+        }
+    });
+
+    // Pieces of the same channels, in their order; lanes too where they are positions of one channel.
+    for (int64_t c = 0; c < g.channels; ++c) {
+        const int64_t within = c % g.channels_of_piece(), group = within / g.lanes;
+        for (int64_t t = 0; t < g.taps(); ++t) {
+            double total = 0;
+            for (int64_t i = c / g.channels_of_piece(); i < g.pieces(); i += g.channel_pieces) {
+                const double* lanes = partial.data + i * per_piece + (group * g.taps() + t) * L;
+                if (g.channels_last)
+                    total += lanes[within % g.lanes];
+                else
+                    for (int64_t lane = 0; lane < L; ++lane) total += lanes[lane];
+            }
+            const int64_t a = t / (g.taps_h * g.taps_w), rest = t % (g.taps_h * g.taps_w);
+            *tap_of<T>(grad_weight, c, a, rest / g.taps_w, rest % g.taps_w) = from_arithmetic<T>(A(total));
+        }
+    }
+}
+
+}  // namespace
+
+void depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out) {
+    for_storage(x.dtype, [&](auto type) { forward<decltype(type)>(x, weight, bias, out); });
+}
+
+void depthwise_conv_backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight) {
+    for_storage(x.dtype, [&](auto type) { backward_weight<decltype(type)>(grad_out, x, grad_weight); });
+}
+
+}  // namespace UTNETV2_ISA
+}  // namespace utnetv2

@@ -1,0 +1,193 @@
+// Vectors of the widest kind that the instruction set of this translation unit has, and storage types narrower than
+// the arithmetic on them.
+//
+// The types are the compiler's own vector extensions: expressions on them compile to vector instructions on every
+// architecture, and a local of such a type stays in a register, which arrays in plain loops do not always do.
+//
+// Every kernel file is compiled once for each instruction set with UTNETV2_ISA naming the namespace. What is defined
+// here has internal linkage, and kernel files use nothing of the standard library that has code of its own: the linker
+// would merge the copies of such code and could run the widest one on a processor that lacks its instructions.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512F__)
+#define UTNETV2_VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define UTNETV2_VECTOR_BYTES 32
+#else
+#define UTNETV2_VECTOR_BYTES 16
+#endif
+
+namespace utnetv2 {
+namespace {
+
+// Storage of 16 bits; arithmetic on it is float.
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+template <class T>
+struct ArithmeticOf {
+    using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+    using type = double;
+};
+template <class T>
+using Arithmetic = typename ArithmeticOf<T>::type;
+
+template <class A>
+struct VectorOf {
+    typedef A type __attribute__((vector_size(UTNETV2_VECTOR_BYTES)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+
+template <class A>
+constexpr int64_t LANES = UTNETV2_VECTOR_BYTES / sizeof(A);
+
+// Integers of the width of A: what comparisons of Vec<A> give, and its bits.
+template <class A>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+    using type = int32_t;
+};
+template <>
+struct BitsOf<double> {
+    using type = int64_t;
+};
+template <class A>
+using Mask = Vec<typename BitsOf<A>::type>;
+
+using Bits = Vec<uint32_t>;
+typedef uint16_t HalfBits __attribute__((vector_size(UTNETV2_VECTOR_BYTES / 2)));
+
+template <class A>
+inline Vec<A> broadcast(A value) {
+    return value - Vec<A>{};
+}
+
+template <class A>
+inline Vec<A> select(Mask<A> condition, Vec<A> yes, Vec<A> no) {
+    return condition ? yes : no;
+}
+
+template <class V>
+inline V load_bits(const void* from) {
+    V vector;
+    __builtin_memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+// ---- Vectors from and to storage; pointers need no alignment beyond that of T. ----
+
+inline Vec<float> load(const float* from) { return load_bits<Vec<float>>(from); }
+inline Vec<double> load(const double* from) { return load_bits<Vec<double>>(from); }
+
+inline Vec<float> load(const BFloat16* from) {
+    return (Vec<float>)(__builtin_convertvector(load_bits<HalfBits>(from), Bits) << 16);
+}
+
+inline Vec<float> load(const Float16* from) {
+    const Bits half = __builtin_convertvector(load_bits<HalfBits>(from), Bits);
+    const Bits magnitude = (half & 0x7fff) << 13;
+    // The exponent's bias differs by 112; the product also normalises subnormals. Infinity and NaN keep a full exponent.
+    const Bits scaled = (Bits)((Vec<float>)magnitude * 0x1p112f);
+    const Bits special = magnitude | 0x7f800000;
+    return (Vec<float>)(((half & 0x7c00) == 0x7c00 ? special : scaled) | (half & 0x8000) << 16);
+}
+
+inline void store(float* to, Vec<float> value) { __builtin_memcpy(to, &value, sizeof value); }
+inline void store(double* to, Vec<double> value) { __builtin_memcpy(to, &value, sizeof value); }
+
+inline void store(BFloat16* to, Vec<float> value) {
+    const Bits bits = (Bits)value;
+    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+    const Bits quiet = bits >> 16 | 0x40;
+    const HalfBits half = __builtin_convertvector((value == value) ? rounded : quiet, HalfBits);
+    __builtin_memcpy(to, &half, sizeof half);
+}
+
+inline void store(Float16* to, Vec<float> value) {
+    const Bits sign = (Bits)value >> 16 & 0x8000;
+    const Bits magnitude = (Bits)value & 0x7fffffff;
+    // Normal results: rebias the exponent, round to nearest, ties to even; a carry into the exponent is as it should be.
+    const Bits normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    // Subnormal ones: adding 0.5 aligns the mantissa so that the addition itself rounds.
+    const Bits subnormal = (Bits)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
+    Bits half = magnitude < 0x38800000 ? subnormal : normal;
+    half = magnitude >= 0x477ff000 ? Bits{} + 0x7c00 : half;  // 65520 and more is infinity
+    half = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : half;
+    const HalfBits stored = __builtin_convertvector(half | sign, HalfBits);
+    __builtin_memcpy(to, &stored, sizeof stored);
+}
+
+// ---- Parts of vectors: `count` elements, fewer than LANES; what is missing reads as zero and is not written. ----
+
+template <class T>
+inline Vec<Arithmetic<T>> load_part(const T* from, int64_t count) {
+    T buffer[LANES<Arithmetic<T>>] = {};
+    for (int64_t i = 0; i < count; ++i) buffer[i] = from[i];
+    return load(buffer);
+}
+
+template <class T>
+inline void store_part(T* to, Vec<Arithmetic<T>> value, int64_t count) {
+    T buffer[LANES<Arithmetic<T>>];
+    store(buffer, value);
+    for (int64_t i = 0; i < count; ++i) to[i] = buffer[i];
+}
+
+// ---- Single elements. ----
+
+inline float to_arithmetic(float value) { return value; }
+inline double to_arithmetic(double value) { return value; }
+inline float to_arithmetic(BFloat16 value) { return load_part(&value, 1)[0]; }
+inline float to_arithmetic(Float16 value) { return load_part(&value, 1)[0]; }
+
+template <class T>
+inline T from_arithmetic(Arithmetic<T> value) {
+    T result;
+    store_part(&result, broadcast(value), 1);
+    return result;
+}
+template <>
+inline float from_arithmetic<float>(float value) {
+    return value;
+}
+template <>
+inline double from_arithmetic<double>(double value) {
+    return value;
+}
+
+// ---- Across the lanes, always in the same order. ----
+
+template <class A>
+inline A sum(Vec<A> value) {
+    A buffer[LANES<A>];
+    store(buffer, value);
+    for (int64_t half = LANES<A> / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) buffer[i] += buffer[i + half];
+    return buffer[0];
+}
+
+template <class A>
+inline Vec<A> maximum(Vec<A> a, Vec<A> b) {
+    return select<A>(a > b || a != a, a, b);  // NaN stays
+}
+
+template <class A>
+inline A maximum(Vec<A> value) {
+    A largest = value[0];
+    for (int64_t i = 1; i < LANES<A>; ++i) largest = value[i] > largest || value[i] != value[i] ? value[i] : largest;
+    return largest;
+}
+
+}  // namespace
+}  // namespace utnetv2

@@ -1,0 +1,41 @@
+"""The operators in C++ (`csrc/`), with the signatures of `ops.reference`; `dispatch` says when they can run.
+
+A result has the layout that `torch.empty_like` gives its input. Nothing is copied on the way: the kernels take strides.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from utnetv2_fast.ops.extension import load_extension
+
+Described = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/tensor.hpp
+
+
+def _extension() -> ModuleType:
+    extension = load_extension()
+    assert extension is not None, "dispatch chooses this backend only where the extension is"
+    return extension
+
+
+def _described(t: Tensor) -> Described:
+    """A tensor as the extension takes it."""
+    return t.data_ptr(), _DTYPES[t.dtype], tuple(t.shape), t.stride()
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.empty_like(x)
+    described_bias = None if bias is None else _described(bias)
+    _extension().depthwise_conv(_described(x), _described(weight), described_bias, _described(out))
+    return out
+
+
+def depthwise_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    grad_weight = torch.empty_like(weight)
+    _extension().depthwise_conv_backward_weight(_described(grad_out), _described(x), _described(grad_weight))
+    return grad_weight
