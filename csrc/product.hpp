@@ -1,0 +1,77 @@
+// Products of small matrices that lie in cache: c[i][x] = sum over k of a[i][k] * b[k][x], x in whole vectors.
+#pragma once
+
+#include <cstdint>
+
+#include "kernel_tools.hpp"
+#include "vector.hpp"
+
+namespace utnetv2 {
+namespace {
+
+// A matrix by its strides: element (i, k) at data[i * row + k * column].
+template <class A>
+struct Strided {
+    const A* data;
+    int64_t row, column;
+};
+
+// The registers hold a block of c of PRODUCT_ROWS rows and two vectors, two vectors of b and one element of a.
+constexpr int PRODUCT_ROWS = UTNETV2_VECTOR_BYTES == 64 ? 12 : 6;
+
+template <int ROWS, int VECTORS, bool ACCUMULATE, class A>
+inline void product_block(int64_t depth, Strided<A> a, const A* b, int64_t b_row, A* c, int64_t c_row) {
+    constexpr int64_t L = LANES<A>;
+    Vec<A> total[ROWS][VECTORS];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+        for (int x = 0; x < VECTORS; ++x) total[i][x] = ACCUMULATE ? load(c + i * c_row + x * L) : Vec<A>{};
+    for (int64_t k = 0; k < depth; ++k) {
+        Vec<A> right[VECTORS];
+#pragma GCC unroll 2
+        for (int x = 0; x < VECTORS; ++x) right[x] = load(b + k * b_row + x * L);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) {
+            const Vec<A> left = broadcast(a.data[i * a.row + k * a.column]);
+#pragma GCC unroll 2
+            for (int x = 0; x < VECTORS; ++x) total[i][x] += left * right[x];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+        for (int x = 0; x < VECTORS; ++x) store(c + i * c_row + x * L, total[i][x]);
+}
+
+template <int VECTORS, bool ACCUMULATE, class A>
+inline void product_rows(int64_t rows, int64_t depth, Strided<A> a, const A* b, int64_t b_row, A* c, int64_t c_row) {
+    for (; rows >= PRODUCT_ROWS; rows -= PRODUCT_ROWS, a.data += PRODUCT_ROWS * a.row, c += PRODUCT_ROWS * c_row)
+        product_block<PRODUCT_ROWS, VECTORS, ACCUMULATE>(depth, a, b, b_row, c, c_row);
+    // What remains in two or three blocks.
+    if (PRODUCT_ROWS > 6 && rows >= 6) {
+        product_block<6, VECTORS, ACCUMULATE>(depth, a, b, b_row, c, c_row);
+        rows -= 6, a.data += 6 * a.row, c += 6 * c_row;
+    }
+    switch (rows) {
+        case 5: product_block<5, VECTORS, ACCUMULATE>(depth, a, b, b_row, c, c_row); break;
+        case 4: product_block<4, VECTORS, ACCUMULATE>(depth, a, b, b_row, c, c_row); break;
+        case 3: product_block<3, VECTORS, ACCUMULATE>(depth, a, b, b_row, c, c_row); break;
+        case 2: product_block<2, VECTORS, ACCUMULATE>(depth, a, b, b_row, c, c_row); break;
+        case 1: product_block<1, VECTORS, ACCUMULATE>(depth, a, b, b_row, c, c_row); break;
+        default: break;
+    }
+}
+
+// c (rows x vectors of x) = a (rows x depth) b (depth x vectors of x), or added to what c holds.
+template <bool ACCUMULATE, class A>
+inline void product(int64_t rows, int64_t vectors, int64_t depth, Strided<A> a, const A* b, int64_t b_row, A* c,
+                    int64_t c_row) {
+    constexpr int64_t L = LANES<A>;
+    for (; vectors >= 2; vectors -= 2, b += 2 * L, c += 2 * L)
+        product_rows<2, ACCUMULATE>(rows, depth, a, b, b_row, c, c_row);
+    if (vectors) product_rows<1, ACCUMULATE>(rows, depth, a, b, b_row, c, c_row);
+}
+
+}  // namespace
+}  // namespace utnetv2
