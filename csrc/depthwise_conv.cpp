@@ -1,12 +1,15 @@
 // Depthwise convolution, 2D and 3D, stride 1, zero 'same' padding: every channel with its own kernel.
 //
 //   out[z, y, x] = bias + sum over taps (a, b, c) of weight[a, b, c] * in[z + a - A/2, y + b - B/2, x + c - C/2]
+// where in, given a scale and a shift of every sample and channel, is [ReLU](x * scale + shift): a normalisation in front
+// costs nothing here and is nowhere written to memory. And
+//
 //   grad_weight[a, b, c] = sum over (z, y, x) of grad_out[z, y, x] * in[z + a - A/2, y + b - B/2, x + c - C/2]
 //
 // The roof is memory: at 27 taps there are 7 operations per byte of float32. So every element is read from memory once.
 // A piece of work is a group of channels times a slab of planes times a band of rows. It slides along the planes with a
 // ring of the A planes that the taps reach, each copied into thread-owned memory that fits the second cache, with zeros
-// around it, in float whatever the storage type. On such a plane a tap is a constant offset, so that
+// around it, in float whatever the storage type; the plane after it is fetched meanwhile. On such a plane a tap is a constant offset, so that
 //
 //   out[j] += weight[t] * plane[j + offset[t]]
 //
@@ -22,9 +25,9 @@ namespace utnetv2 {
 namespace UTNETV2_ISA {
 namespace {
 
-constexpr int64_t PLANES_BYTES = 256 << 10;  // of a piece's planes: half a second cache of today's smaller ones
+constexpr int64_t PLANES_BYTES = 384 << 10;  // of a piece's planes: half a second cache of today's smaller ones
 constexpr int64_t PIECES = 32;               // at least, where the shape allows: enough for many threads
-constexpr int64_t LINE = 64;                 // bytes of a cache line
+constexpr int64_t LINE = 256; // bytes of a cache line
 constexpr int64_t UNROLL = 8;                // vectors of accumulators: products take four cycles, two start in each
 
 // (B, C, D, H, W) with strides; 2D has D = 1.
@@ -109,48 +112,60 @@ Piece make_piece(const Geometry& g, int64_t i) {
     return p;
 }
 
+// What is applied to the elements of a piece as they are copied in, for every channel of a piece; nothing without `scale`.
+template <class A>
+struct Prologue {
+    A *scale = nullptr, *shift = nullptr;  // (groups, LANES), or the one channel's, broadcast
+    bool relu = false;
+
+    Vec<A> operator()(Vec<A> x, int64_t group) const {
+        if (!scale) return x;
+        x = x * load(scale + group * LANES<A>) + load(shift + group * LANES<A>);
+        return relu ? maximum<A>(x, Vec<A>{}) : x;
+    }
+    A operator()(A x, int64_t group, int64_t lane) const {
+        if (!scale) return x;
+        x = x * scale[group * LANES<A> + lane] + shift[group * LANES<A> + lane];
+        return relu && !(x > 0) && x == x ? A(0) : x;
+    }
+};
+
 template <class A>
 void fill_zero(A* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = 0;
 }
 
-// One row of positions: `before` zeros, the row's elements, zeros up to `pitch`; all of them zeros without `from`.
-// Vectors of channels go to planes `group` elements apart.
+// One row of positions; vectors of channels go to planes `group` elements apart.
 template <class T, class A>
-void copy_row_in(const Geometry& g, const T* from, const Map<T>& map, int64_t channels, int64_t before, A* to,
-                 int64_t group) {
+void copy_row_in(const Geometry& g, const T* from, const Map<T>& map, const Prologue<A>& prologue, int64_t channels,
+                 A* to, int64_t group) {
     const int64_t lanes = g.lanes;
-    for (int64_t k = 0; k < g.groups; ++k) {
-        A* row = to + k * group;
-        if (!from) {
-            fill_zero(row, g.pitch * lanes);
-            continue;
-        }
-        fill_zero(row, before * lanes);
-        fill_zero(row + (before + g.width) * lanes, (g.pitch - before - g.width) * lanes);
-    }
-    if (!from) return;
-    to += before * lanes;
     if (!g.channels_last) {
+        int64_t x = 0;
         if (map.w == 1) {
-            int64_t x = 0;
-            for (; x + LANES<A> <= g.width; x += LANES<A>) store(to + x, load(from + x));
-            for (; x < g.width; ++x) to[x] = to_arithmetic(from[x]);
-        } else {
-            for (int64_t x = 0; x < g.width; ++x) to[x] = to_arithmetic(from[x * map.w]);
+            constexpr int64_t line = LINE / int64_t(sizeof(T));
+            for (int64_t ahead = 0; ahead < g.width; ahead += line) __builtin_prefetch(from + map.d + ahead, 0, 2);
+            for (; x + LANES<A> <= g.width; x += LANES<A>) store(to + x, prologue(load(from + x), 0));
+            if (x < g.width && x > 0) {  // the last vector overlaps the one before
+                x = g.width - LANES<A>;
+                store(to + x, prologue(load(from + x), 0));
+                x = g.width;
+            }
         }
+        for (; x < g.width; ++x) to[x] = prologue(to_arithmetic(from[x * map.w]), 0, 0);
     } else if (map.c == 1) {
         const int64_t full = channels / lanes, rest = channels % lanes;
         for (int64_t x = 0; x < g.width; ++x, from += map.w, to += lanes) {
-            for (int64_t k = 0; k < full; ++k) store(to + k * group, load(from + k * lanes));
-            if (rest) store(to + full * group, load_part(from + full * lanes, rest));
+            for (int64_t k = 0; k < full; ++k) store(to + k * group, prologue(load(from + k * lanes), k));
+            if (rest) store(to + full * group, prologue(load_part(from + full * lanes, rest), full));
         }
     } else {
         for (int64_t c = 0; c < g.channels_of_piece(); ++c) {
             A* lane = to + c / lanes * group + c % lanes;
             const T* channel = from + c * map.c;
             for (int64_t x = 0; x < g.width; ++x)
-                lane[x * lanes] = c < channels ? to_arithmetic(channel[x * map.w]) : A(0);
+                lane[x * lanes] =
+                    c < channels ? prologue(to_arithmetic(channel[x * map.w]), c / lanes, c % lanes) : A(0);
         }
     }
 }
@@ -159,13 +174,16 @@ template <class T, class A>
 void copy_row_out(const Geometry& g, const A* from, int64_t group, T* to, const Map<T>& map, int64_t channels) {
     const int64_t lanes = g.lanes;
     if (!g.channels_last) {
+        int64_t x = 0;
         if (map.w == 1) {
-            int64_t x = 0;
             for (; x + LANES<A> <= g.width; x += LANES<A>) store(to + x, load(from + x));
-            for (; x < g.width; ++x) to[x] = from_arithmetic<T>(from[x]);
-        } else {
-            for (int64_t x = 0; x < g.width; ++x) to[x * map.w] = from_arithmetic<T>(from[x]);
+            if (x < g.width && x > 0) {
+                x = g.width - LANES<A>;
+                store(to + x, load(from + x));
+                x = g.width;
+            }
         }
+        for (; x < g.width; ++x) to[x * map.w] = from_arithmetic<T>(from[x]);
     } else if (map.c == 1) {
         const int64_t full = channels / lanes, rest = channels % lanes;
         for (int64_t x = 0; x < g.width; ++x, from += lanes, to += map.w) {
@@ -180,17 +198,15 @@ void copy_row_out(const Geometry& g, const A* from, int64_t group, T* to, const 
     }
 }
 
-// Rows [y0, y0 + rows) of plane z, those outside the map as zeros, each with `before` zeros in front.
+// Rows [y0, y0 + rows) of plane z, as far as they are in the map, each behind `before` positions. What lies around them
+// is never written, so that it stays the zeros that the piece began with.
 template <class T, class A>
-void copy_plane_in(const Geometry& g, const Map<T>& map, const Piece& p, int64_t z, int64_t y0, int64_t rows,
-                   int64_t before, A* to, int64_t group) {
+void copy_plane_in(const Geometry& g, const Map<T>& map, const Prologue<A>& prologue, const Piece& p, int64_t z,
+                   int64_t y0, int64_t rows, int64_t before, A* to, int64_t group) {
     const T* plane = map.data + p.sample * map.b + p.channel * map.c + z * map.d;
-    for (int64_t y = y0; y < y0 + rows; ++y, to += g.pitch * g.lanes) {
-        const T* row = y >= 0 && y < g.height ? plane + y * map.h : nullptr;
-        copy_row_in(g, row, map, p.channels, before, to, group);
-    }
-    for (int64_t k = 0; k < g.groups; ++k)
-        fill_zero(to + k * group, g.plane<A>(rows) - rows * g.pitch * g.lanes);
+    for (int64_t y = larger(y0, int64_t(0)); y < smaller(y0 + rows, g.height); ++y)
+        copy_row_in(g, plane + y * map.h, map, prologue, p.channels, to + ((y - y0) * g.pitch + before) * g.lanes,
+                    group);
 }
 
 // The planes around the current one, plane z at slot z mod taps_d, copied in as the window slides over them.
@@ -198,21 +214,24 @@ template <class T, class A>
 struct Ring {
     const Geometry& g;
     const Map<T>& map;
+    const Prologue<A>& prologue;
     const Piece& piece;
     A* memory;
     int64_t group;  // elements of one vector of channels' plane
     int64_t next;   // the first plane not copied in yet
 
-    Ring(const Geometry& g, const Map<T>& map, const Piece& piece, A* memory)
-        : g(g), map(map), piece(piece), memory(memory), group(g.plane<A>(piece.rows() + g.taps_h - 1)) {
+    Ring(const Geometry& g, const Map<T>& map, const Prologue<A>& prologue, const Piece& piece, A* memory)
+        : g(g), map(map), prologue(prologue), piece(piece), memory(memory),
+          group(g.plane<A>(piece.rows() + g.taps_h - 1)) {
         next = larger(piece.z0 - g.taps_d / 2, int64_t(0));
+        fill_zero(memory, g.taps_d * g.groups * group);
     }
     static int64_t elements(const Geometry& g) { return g.taps_d * g.groups * g.plane<A>(g.band + g.taps_h - 1); }
 
     void reach(int64_t z) {
         for (; next <= z + g.taps_d / 2 && next < g.depth; ++next)
-            copy_plane_in(g, map, piece, next, piece.y0 - g.taps_h / 2, piece.rows() + g.taps_h - 1, g.taps_w / 2,
-                          slot(next), group);
+            copy_plane_in(g, map, prologue, piece, next, piece.y0 - g.taps_h / 2, piece.rows() + g.taps_h - 1,
+                          g.taps_w / 2, slot(next), group);
     }
     A* slot(int64_t z) const { return memory + z % g.taps_d * g.groups * group; }
 };
@@ -295,8 +314,27 @@ int64_t for_taps(const Geometry& g, int64_t z, const F& visit) {
     return t;
 }
 
+// The prologue of a piece's channels from scale and shift (B, C), in `memory` for 2 * groups vectors.
+template <class A>
+Prologue<A> make_prologue(const Geometry& g, const Piece& p, const Tensor* scale, const Tensor* shift, bool relu,
+                          A* memory) {
+    constexpr int64_t L = LANES<A>;
+    if (!scale) return {};
+    const Prologue<A> prologue{memory, memory + g.groups * L, relu};
+    const auto value = [&](const Tensor& t, int64_t c) {
+        return static_cast<const A*>(t.data)[p.sample * t.strides[0] + (p.channel + c) * t.strides[1]];
+    };
+    for (int64_t i = 0; i < g.groups * L; ++i) {
+        const int64_t c = g.channels_last ? i : 0;
+        prologue.scale[i] = c < p.channels ? value(*scale, c) : A(0);
+        prologue.shift[i] = c < p.channels ? value(*shift, c) : A(0);
+    }
+    return prologue;
+}
+
 template <class T>
-void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out) {
+void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor* scale, const Tensor* shift,
+             bool relu, const Tensor& out) {
     using A = Arithmetic<T>;
     constexpr int64_t L = LANES<A>;
     const Geometry g = make_geometry<T>(x, weight);
@@ -307,7 +345,7 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
         const int64_t plane = g.plane<A>(p.rows());
         Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * plane * sizeof(A),
                     g.groups * g.taps() * L * sizeof(A), g.taps() * L * sizeof(A), g.groups * L * sizeof(A),
-                    g.taps() * sizeof(A*));
+                    g.taps() * sizeof(A*), 2 * g.groups * L * sizeof(A));
         A* planes = arena.take<A>(Ring<T, A>::elements(g));
         A* result = arena.take<A>(g.groups * plane);
         A* all_weights = arena.take<A>(g.groups * g.taps() * L);  // [group][tap][lane]
@@ -328,7 +366,8 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
                     bias && exists ? to_arithmetic(static_cast<T*>(bias->data)[c * bias->strides[0]]) : A(0);
             }
 
-        Ring<T, A> ring(g, from, p, planes);
+        const Prologue<A> prologue = make_prologue(g, p, scale, shift, relu, arena.take<A>(2 * g.groups * L));
+        Ring<T, A> ring(g, from, prologue, p, planes);
         for (int64_t z = p.z0; z < p.z1; ++z) {
             ring.reach(z);
             for (int64_t k = 0; k < g.groups; ++k) {
@@ -348,7 +387,8 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
 }
 
 template <class T>
-void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight) {
+void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scale, const Tensor* shift, bool relu,
+                     const Tensor& grad_weight) {
     using A = Arithmetic<T>;
     constexpr int64_t L = LANES<A>;
     const Geometry g = make_geometry<T>(x, grad_weight);
@@ -359,17 +399,20 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad
     parallel_for(g.pieces(), [&](int64_t i) {
         const Piece p = make_piece(g, i);
         const int64_t plane = g.plane<A>(p.rows()), plane_taps = g.taps_h * g.taps_w;
-        Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * plane * sizeof(A), plane_taps * sizeof(A*));
+        Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * plane * sizeof(A), plane_taps * sizeof(A*),
+                    2 * g.groups * L * sizeof(A));
         A* planes = arena.take<A>(Ring<T, A>::elements(g));
         A* grads = arena.take<A>(g.groups * plane);
         const A** sources = arena.take<const A*>(plane_taps);
         double* totals = partial.data + i * per_piece;
         fill_zero(totals, per_piece);
+        fill_zero(grads, g.groups * plane);
 
-        Ring<T, A> ring(g, from, p, planes);
+        const Prologue<A> prologue = make_prologue(g, p, scale, shift, relu, arena.take<A>(2 * g.groups * L));
+        Ring<T, A> ring(g, from, prologue, p, planes);
         for (int64_t z = p.z0; z < p.z1; ++z) {
             ring.reach(z);
-            copy_plane_in(g, grad, p, z, p.y0, p.rows(), 0, grads, plane);
+            copy_plane_in(g, grad, Prologue<A>{}, p, z, p.y0, p.rows(), 0, grads, plane);
             const int64_t count = p.rows() * g.pitch * g.lanes;
             for (int64_t a = 0; a < g.taps_d; ++a) {
                 const int64_t other = z + a - g.taps_d / 2;
@@ -405,12 +448,16 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad
 
 }  // namespace
 
-void depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out) {
-    for_storage(x.dtype, [&](auto type) { forward<decltype(type)>(x, weight, bias, out); });
+void depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor* scale,
+                    const Tensor* shift, bool relu, const Tensor& out) {
+    for_storage(x.dtype, [&](auto type) { forward<decltype(type)>(x, weight, bias, scale, shift, relu, out); });
 }
 
-void depthwise_conv_backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight) {
-    for_storage(x.dtype, [&](auto type) { backward_weight<decltype(type)>(grad_out, x, grad_weight); });
+void depthwise_conv_backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scale, const Tensor* shift,
+                                    bool relu, const Tensor& grad_weight) {
+    for_storage(x.dtype, [&](auto type) {
+        backward_weight<decltype(type)>(grad_out, x, scale, shift, relu, grad_weight);
+    });
 }
 
 }  // namespace UTNETV2_ISA

@@ -23,11 +23,14 @@ struct Kernels {
                                      double scale, const Tensor& grad_q, const Tensor& grad_map_q,
                                      const Tensor& grad_map_v);
 
-    // out = bias + x convolved with weight; x and out (B, C, *spatial), weight (C, 1, *k), bias (C) or null.
-    void (*depthwise_conv)(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out);
+    // out = bias + in convolved with weight, in = x or, with scale and shift (B, C), [ReLU](x * scale + shift);
+    // x and out (B, C, *spatial), weight (C, 1, *k), bias (C) or null.
+    void (*depthwise_conv)(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor* scale,
+                           const Tensor* shift, bool relu, const Tensor& out);
 
-    // grad_weight (C, 1, *k) from grad_out and x (B, C, *spatial).
-    void (*depthwise_conv_backward_weight)(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight);
+    // grad_weight (C, 1, *k) from grad_out and in, as above.
+    void (*depthwise_conv_backward_weight)(const Tensor& grad_out, const Tensor& x, const Tensor* scale,
+                                           const Tensor* shift, bool relu, const Tensor& grad_weight);
 };
 
 // The kernels compiled for `set`, which the processor must have.

@@ -74,11 +74,13 @@ def token_attention_backward(
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty_like(x)
     described_bias = None if bias is None else _described(bias)
-    _extension().depthwise_conv(_described(x), _described(weight), described_bias, _described(out))
+    _extension().depthwise_conv(_described(x), _described(weight), described_bias, None, None, False, _described(out))
     return out
 
 
 def depthwise_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     grad_weight = torch.empty_like(weight)
-    _extension().depthwise_conv_backward_weight(_described(grad_out), _described(x), _described(grad_weight))
+    _extension().depthwise_conv_backward_weight(
+        _described(grad_out), _described(x), None, None, False, _described(grad_weight)
+    )
     return grad_weight
