@@ -6,7 +6,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "cpu_features.hpp"
 #include "kernels.hpp"
@@ -18,6 +17,7 @@ namespace py = pybind11;
 namespace {
 
 using utnetv2::InstructionSet;
+using utnetv2::Kernels;
 using utnetv2::Tensor;
 
 std::atomic<InstructionSet> instruction_set{utnetv2::widest_instruction_set()};
@@ -48,13 +48,51 @@ Tensor as_tensor(const py::tuple& described) {
     return tensor;
 }
 
-std::optional<Tensor> as_optional(const std::optional<py::tuple>& described) {
-    return described ? std::optional(as_tensor(*described)) : std::nullopt;
+// What Python gives for each kind of kernel argument, and that argument made of it.
+template <class Argument>
+struct FromPython {
+    using type = Argument;
+    Argument value;
+    explicit FromPython(Argument given) : value(given) {}
+    Argument get() const { return value; }
+};
+
+template <>
+struct FromPython<const Tensor&> {
+    using type = py::tuple;
+    Tensor tensor;
+    explicit FromPython(const py::tuple& given) : tensor(as_tensor(given)) {}
+    const Tensor& get() const { return tensor; }
+};
+
+template <>
+struct FromPython<const Tensor*> {
+    using type = std::optional<py::tuple>;
+    std::optional<Tensor> tensor;
+    explicit FromPython(const std::optional<py::tuple>& given) {
+        if (given) tensor = as_tensor(*given);
+    }
+    const Tensor* get() const { return tensor ? &*tensor : nullptr; }
+};
+
+template <class... Arguments>
+void run(void (*kernel)(Arguments...), const FromPython<Arguments>&... arguments) {
+    const py::gil_scoped_release release;
+    kernel(arguments.get()...);
 }
 
-const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+// Defines the kernel that `MEMBER` is in the table of the instruction set in use.
+template <auto MEMBER, class... Arguments>
+void def_kernel(py::module_& module, const char* name, void (*)(Arguments...)) {
+    module.def(name, [](const typename FromPython<Arguments>::type&... given) {
+        run<Arguments...>(utnetv2::kernels(instruction_set).*MEMBER, FromPython<Arguments>(given)...);
+    });
+}
 
-const utnetv2::Kernels& kernels() { return utnetv2::kernels(instruction_set); }
+template <auto MEMBER>
+void def_kernel(py::module_& module, const char* name) {
+    def_kernel<MEMBER>(module, name, utnetv2::kernels(InstructionSet::baseline).*MEMBER);
+}
 
 }  // namespace
 
@@ -75,21 +113,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("keep_freed_memory", &utnetv2::keep_freed_memory,
                "Keep the memory of freed tensors for the next ones; whether the C library here can be told so.");
 
-    module.def(
-        "depthwise_conv",
-        [](const py::tuple& x, const py::tuple& weight, const std::optional<py::tuple>& bias, const py::tuple& out) {
-            const Tensor x_ = as_tensor(x), weight_ = as_tensor(weight), out_ = as_tensor(out);
-            const auto bias_ = as_optional(bias);
-            const py::gil_scoped_release release;
-            kernels().depthwise_conv(x_, weight_, pointer(bias_), out_);
-        },
-        py::arg("x"), py::arg("weight"), py::arg("bias").none(true), py::arg("out"));
-    module.def(
-        "depthwise_conv_backward_weight",
-        [](const py::tuple& grad_out, const py::tuple& x, const py::tuple& grad_weight) {
-            const Tensor grad_out_ = as_tensor(grad_out), x_ = as_tensor(x), grad_weight_ = as_tensor(grad_weight);
-            const py::gil_scoped_release release;
-            kernels().depthwise_conv_backward_weight(grad_out_, x_, grad_weight_);
-        },
-        py::arg("grad_out"), py::arg("x"), py::arg("grad_weight"));
+    def_kernel<&Kernels::bidirectional_attention>(module, "bidirectional_attention");
+    def_kernel<&Kernels::bidirectional_attention_backward>(module, "bidirectional_attention_backward");
+    def_kernel<&Kernels::token_attention>(module, "token_attention");
+    def_kernel<&Kernels::token_attention_backward>(module, "token_attention_backward");
+    def_kernel<&Kernels::depthwise_conv>(module, "depthwise_conv");
+    def_kernel<&Kernels::depthwise_conv_backward_weight>(module, "depthwise_conv_backward_weight");
 }

@@ -1,18 +1,28 @@
 #include "kernels.hpp"
 
+#include <type_traits>
+
 namespace utnetv2 {
 
-#define UTNETV2_DECLARE(ISA)                                                                                  \
-    namespace ISA {                                                                                           \
-    void depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out);        \
-    void depthwise_conv_backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight);  \
-    const Kernels table{&depthwise_conv, &depthwise_conv_backward_weight};                                    \
+// The functions of each instruction set's kernel files have the types of the table's members.
+#define UTNETV2_KERNEL(NAME) std::remove_pointer_t<decltype(Kernels::NAME)> NAME;
+#define UTNETV2_INSTRUCTION_SET(ISA)                                                                   \
+    namespace ISA {                                                                                    \
+    UTNETV2_KERNEL(bidirectional_attention)                                                            \
+    UTNETV2_KERNEL(bidirectional_attention_backward)                                                   \
+    UTNETV2_KERNEL(token_attention)                                                                    \
+    UTNETV2_KERNEL(token_attention_backward)                                                           \
+    UTNETV2_KERNEL(depthwise_conv)                                                                     \
+    UTNETV2_KERNEL(depthwise_conv_backward_weight)                                                     \
+    const Kernels table{&bidirectional_attention, &bidirectional_attention_backward, &token_attention, \
+                        &token_attention_backward, &depthwise_conv,                                    \
+                        &depthwise_conv_backward_weight};                                              \
     }
 
-UTNETV2_DECLARE(baseline)
+UTNETV2_INSTRUCTION_SET(baseline)
 #ifdef UTNETV2_X86
-UTNETV2_DECLARE(avx2)
-UTNETV2_DECLARE(avx512)
+UTNETV2_INSTRUCTION_SET(avx2)
+UTNETV2_INSTRUCTION_SET(avx512)
 #endif
 
 const Kernels& kernels(InstructionSet set) {

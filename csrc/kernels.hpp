@@ -7,6 +7,22 @@
 namespace utnetv2 {
 
 struct Kernels {
+    // out, map_out and column_lse (B, H, l), contiguous, of q, v (B, H, n, d) and map_q, map_v (B, H, l, d).
+    void (*bidirectional_attention)(const Tensor& q, const Tensor& v, const Tensor& map_q, const Tensor& map_v,
+                                    double scale, const Tensor& out, const Tensor& map_out, const Tensor& column_lse);
+    void (*bidirectional_attention_backward)(const Tensor& grad_out, const Tensor& grad_map_out, const Tensor& q,
+                                             const Tensor& v, const Tensor& map_q, const Tensor& map_v,
+                                             const Tensor& map_out, const Tensor& column_lse, double scale,
+                                             const Tensor& grad_q, const Tensor& grad_v, const Tensor& grad_map_q,
+                                             const Tensor& grad_map_v);
+
+    // The half of it that updates the tokens.
+    void (*token_attention)(const Tensor& q, const Tensor& map_q, const Tensor& map_v, double scale,
+                            const Tensor& out);
+    void (*token_attention_backward)(const Tensor& grad_out, const Tensor& q, const Tensor& map_q, const Tensor& map_v,
+                                     double scale, const Tensor& grad_q, const Tensor& grad_map_q,
+                                     const Tensor& grad_map_v);
+
     // out = bias + x convolved with weight; x and out (B, C, *spatial), weight (C, 1, *k), bias (C) or null.
     void (*depthwise_conv)(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out);
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__AVX512F__)
 #define UTNETV2_VECTOR_BYTES 64
@@ -183,10 +184,67 @@ inline Vec<A> maximum(Vec<A> a, Vec<A> b) {
 }
 
 template <class A>
+inline Vec<A> minimum(Vec<A> a, Vec<A> b) {
+    return select<A>(a < b || a != a, a, b);
+}
+
+template <class A>
 inline A maximum(Vec<A> value) {
     A largest = value[0];
     for (int64_t i = 1; i < LANES<A>; ++i) largest = value[i] > largest || value[i] != value[i] ? value[i] : largest;
     return largest;
+}
+
+template <class A>
+inline A minimum(Vec<A> value) {
+    return -maximum<A>(-value);
+}
+
+// ---- e to the power of each lane: exact to a rounding or two; below -87 it is zero. ----
+
+inline Vec<float> exponential(Vec<float> x) {
+    constexpr float to_integer = 0x1.8p23f;  // adding it leaves the nearest integer in the lowest bits of the mantissa
+    const Vec<float> shifted = x * 1.44269504f + to_integer, n = shifted - to_integer;
+    const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // |r| <= ln(2) / 2; ln(2) in two parts
+    Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const Vec<float> result = (Vec<float>)((Bits)p + ((Bits)shifted << 23));
+    return select<float>(x < -87.0f, Vec<float>{}, result);
+}
+
+inline Vec<double> exponential(Vec<double> x) {
+    for (int64_t i = 0; i < LANES<double>; ++i) x[i] = __builtin_exp(x[i]);
+    return x;
+}
+
+// ---- LANES x LANES matrices, a vector for each row, transposed by exchanging ever larger blocks. ----
+
+template <int SIZE, class V, int... I>
+inline void exchange_blocks(V& a, V& b, std::integer_sequence<int, I...>) {
+    constexpr int N = sizeof...(I);
+    const V first = __builtin_shufflevector(a, b, ((I & SIZE) == 0 ? I : N + (I ^ SIZE))...);
+    b = __builtin_shufflevector(a, b, ((I & SIZE) == 0 ? I ^ SIZE : N + I)...);
+    a = first;
+}
+
+template <int SIZE, class A>
+inline void transpose_blocks(Vec<A>* rows) {
+    constexpr int N = int(LANES<A>);
+    if constexpr (SIZE < N) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i)
+            if ((i & SIZE) == 0) exchange_blocks<SIZE>(rows[i], rows[i + SIZE], std::make_integer_sequence<int, N>{});
+        transpose_blocks<SIZE * 2, A>(rows);
+    }
+}
+
+template <class A>
+inline void transpose(Vec<A>* rows) {
+    transpose_blocks<1, A>(rows);
 }
 
 }  // namespace

@@ -28,6 +28,49 @@ def _described(t: Tensor) -> Described:
     return t.data_ptr(), _DTYPES[t.dtype], tuple(t.shape), t.stride()
 
 
+def bidirectional_attention(
+    q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, map_out = torch.empty_like(q), torch.empty_like(map_q)
+    statistics_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    column_lse = map_q.new_empty(map_q.shape[:3], dtype=statistics_dtype)
+    inputs, outputs = map(_described, (q, v, map_q, map_v)), map(_described, (out, map_out, column_lse))
+    _extension().bidirectional_attention(*inputs, scale, *outputs)
+    return out, map_out, column_lse
+
+
+def bidirectional_attention_backward(
+    grad_out: Tensor,
+    grad_map_out: Tensor,
+    q: Tensor,
+    v: Tensor,
+    map_q: Tensor,
+    map_v: Tensor,
+    map_out: Tensor,
+    column_lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = map(_described, (grad_out, grad_map_out, q, v, map_q, map_v, map_out, column_lse))
+    gradients = torch.empty_like(q), torch.empty_like(v), torch.empty_like(map_q), torch.empty_like(map_v)
+    _extension().bidirectional_attention_backward(*inputs, scale, *map(_described, gradients))
+    return gradients
+
+
+def token_attention(q: Tensor, map_q: Tensor, map_v: Tensor, scale: float) -> Tensor:
+    out = torch.empty_like(q)
+    _extension().token_attention(*map(_described, (q, map_q, map_v)), scale, _described(out))
+    return out
+
+
+def token_attention_backward(
+    grad_out: Tensor, q: Tensor, map_q: Tensor, map_v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = torch.empty_like(q), torch.empty_like(map_q), torch.empty_like(map_v)
+    inputs = map(_described, (grad_out, q, map_q, map_v))
+    _extension().token_attention_backward(*inputs, scale, *map(_described, gradients))
+    return gradients
+
+
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty_like(x)
     described_bias = None if bias is None else _described(bias)

@@ -24,8 +24,6 @@ def refusal(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> str | N
     """Why `backend` cannot run `operator` on `tensors`; None when it can."""
     if backend == "triton":
         return "the Triton kernels are not built in this version"
-    if backend == "cpu" and operator == "bidirectional_attention":
-        return "the C++ kernels are not built in this version"
     if backend == "cpu":
         elsewhere = next((t.device for t in tensors if t.device.type != "cpu"), None)
         if elsewhere is not None:
