@@ -209,6 +209,35 @@ def test_extreme_scores(
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("n", [40, 700, 3000])
+@pytest.mark.parametrize("spread", [30.0, 60.0, 120.0])
+@pytest.mark.parametrize("low", ["rows", "columns", "both", "late"])
+def test_rows_and_columns_far_below_the_others(
+    low: str, spread: float, n: int, build: str, device: torch.device, assert_accurate: Callable[..., None]
+) -> None:
+    """One exponential cannot serve both softmaxes where a whole row or column of scores underflows beside the rest."""
+    inputs = make_inputs((1, 2, n, 9, 8), channels_first, torch.float32, device)
+    q, _, map_q, _ = inputs
+    with torch.no_grad():
+        # Channels 0 and 1 add a term of the token alone and one of the semantic token alone to the scores.
+        q[..., 1], map_q[..., 0] = 1.0, 1.0
+        q[..., 0] = -spread * (torch.arange(n, device=device) % 3 == 1) if low in ("rows", "both") else 0.0
+        map_q[..., 1] = -spread * (torch.arange(9, device=device) % 4 == 2) if low in ("columns", "both") else 0.0
+        if low == "late":  # the largest scores come last
+            q[..., 0] = spread * torch.linspace(-1, 1, n, device=device)
+    exact_inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
+    results, eager = bidirectional_attention(*inputs, scale=1.0, impl=build), formula(*inputs, scale=1.0)
+    exact = formula(*exact_inputs, scale=1.0)
+    grads = tuple(torch.randn_like(r) for r in results)
+    gradients = torch.autograd.grad(results, inputs, grads)
+    eager_gradients = torch.autograd.grad(eager, inputs, grads)
+    exact_gradients = torch.autograd.grad(exact, exact_inputs, tuple(g.double() for g in grads))
+    for r, e, x in zip(results, eager, exact, strict=True):
+        assert_accurate(r, e, x)
+    for r, e, x in zip(gradients, eager_gradients, exact_gradients, strict=True):
+        assert_accurate(r, e, x, factor=3.0)
+
+
 def test_one_tensor_in_several_places(impl: str, device: torch.device) -> None:
     q, _, map_q, _ = make_inputs((2, 2, 9, 5, 4), channels_last, torch.float64, device)
     assert gradcheck(lambda q, m: bidirectional_attention(q, q, m, m, impl=impl), (q, map_q))
