@@ -63,7 +63,7 @@ Shape make_shape(const Tensor& q, const Tensor& map_q) {
     Shape s;
     s.batch = q.sizes[0], s.heads = q.sizes[1], s.n = q.sizes[2], s.d = q.sizes[3], s.l = map_q.sizes[2];
     s.l_pitch = divide_up(s.l, L) * L, s.d_pitch = divide_up(s.d, L) * L;
-    s.tile = s.d <= 128 ? 64 : 32;
+    s.tile = s.d <= 64 ? 128 : s.d <= 128 ? 64 : 32;
     const int64_t wanted = divide_up(PIECES, larger(s.batch * s.heads, int64_t(1)));
     const int64_t range = clamp(divide_up(s.n, wanted), SHORTEST_RANGE, LONGEST_RANGE);
     s.range = divide_up(range, s.tile) * s.tile;

@@ -15,6 +15,7 @@ inline void copy_in(const T* from, int64_t row, int64_t column, int64_t rows, in
     constexpr int64_t L = LANES<A>;
     if (column == 1) {
         for (int64_t r = 0; r < rows; ++r, from += row, tile += pitch) {
+            for (int64_t c = 0; c < columns; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + columns + c);
             int64_t c = 0;
             for (; c + L <= columns; c += L) store(tile + c, load(from + c));
             if (c < columns) store(tile + c, load_part(from + c, columns - c)), c += L;
@@ -24,6 +25,8 @@ inline void copy_in(const T* from, int64_t row, int64_t column, int64_t rows, in
     }
     int64_t r0 = 0;
     if (row == 1) {
+        for (int64_t c = 0; c < columns; ++c)
+            for (int64_t r = 0; r < rows; r += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + c * column + rows + r);
         for (; r0 + L <= rows; r0 += L) {
             A* to = tile + r0 * pitch;
             for (int64_t c0 = 0; c0 < pitch; c0 += L) {
