@@ -10,5 +10,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--benchmark") and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+    if not config.getoption("--benchmark"):
+        return
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         config.args = [str(config.rootpath / "bench")]
+    if hasattr(config.option, "benchmark_quiet"):
+        config.option.benchmark_quiet = True  # bench/conftest.py prints tables with the roof and the peers instead

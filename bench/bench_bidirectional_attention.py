@@ -1,21 +1,25 @@
-"""Bidirectional attention at UTNetV2's shapes, on channels-first maps, beside two softmaxes in plain PyTorch."""
+"""Bidirectional attention at UTNetV2's shapes in both layouts, beside plain PyTorch and two fused attentions."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from utnetv2_fast.ops import bidirectional_attention
+from utnetv2_fast.ops import bidirectional_attention, explain
 
-# name: (B, H, n, l, d)
-SHAPES = {
-    "acdc-2d level 2": (4, 4, 4096, 9, 32),
-    "acdc-2d level 4": (4, 16, 256, 9, 32),
-    "acdc-3d level 2": (1, 4, 36864, 27, 32),
-    "bcv-3d level 3": (1, 8, 4096, 64, 32),
+Shape = tuple[int, int, int, int, int]  # B, H, n, l, d
+
+# Every level of every network of the paper; acdc-3d and bcv-3d with the maps of the paper and of the authors' code.
+SHAPES: dict[str, list[Shape]] = {
+    "acdc-2d": [(2, 4, 4096, 9, 32), (2, 8, 1024, 9, 32), (2, 16, 256, 9, 32)],
+    "acdc-3d": [(1, 4, n, l, d) for l in (27, 72) for n, d in ((36864, 32), (4608, 64), (576, 80))],
+    "bcv-3d": [(1, h, n, l, 32) for l in (27, 64) for n, h in ((32768, 4), (4096, 8), (512, 10))],
+    "lits-3d": [(1, 1, n, 64, d) for n, d in ((32768, 128), (4096, 256), (512, 320))],
 }
 
 
@@ -24,41 +28,82 @@ def formula(q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor) -> tuple[Tensor,
     return scores.softmax(-1) @ map_v, scores.softmax(-2).mT @ v
 
 
+def two_fused_attentions(q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor) -> tuple[Tensor, Tensor]:
+    return F.scaled_dot_product_attention(q, map_q, map_v), F.scaled_dot_product_attention(map_q, q, v)
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """(B, H, n, d) with n contiguous, or with d contiguous and the heads side by side."""
+    if layout == "channels-first":
+        return t.mT.contiguous().mT
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=1)
+def exact_results(shape: Shape, mode: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ...]:
+    """Inputs, incoming gradients, and the results in float64, all on the CPU; the layouts of a shape share them."""
+    b, h, n, l, d = shape
+    sizes = ((b, h, n, d), (b, h, n, d), (b, h, l, d), (b, h, l, d))
+    inputs = tuple(torch.randn(size).to(dtype) for size in sizes)
+    grads = tuple(torch.randn(size).to(dtype) for size in sizes[1:3])
+    leaves = tuple(t.double().requires_grad_(mode != "forward") for t in inputs)
+    outputs = formula(*leaves)
+    if mode != "forward":
+        outputs = torch.autograd.grad(outputs, leaves, tuple(g.double() for g in grads))
+    return inputs, grads, outputs
+
+
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, shape) for name, shapes in SHAPES.items() for shape in shapes],
+    ids=lambda value: str(value),
+)
 def bench_bidirectional_attention(
     name: str,
+    shape: Shape,
+    layout: str,
     mode: str,
-    impl: str,
+    dtype: torch.dtype,
     device: torch.device,
-    skip_refused: Callable[..., None],
-    time_checked: Callable[..., None],
+    compiler_refusal: str | None,
+    compare: Callable[..., None],
 ) -> None:
-    b, h, n, l, d = SHAPES[name]
-    tokens, maps = torch.randn(b, 2 * h * d, n, device=device), torch.randn(b, 2 * h * d, l, device=device)
-    inputs = tuple(t.unflatten(1, (h, d)).mT for pair in (tokens, maps) for t in pair.chunk(2, 1))
-    skip_refused(impl, bidirectional_attention, *inputs)
-    weights = (torch.randn_like(inputs[0]), torch.randn_like(inputs[2]))
+    b, h, n, l, d = shape
+    inputs, grads, exact = (tuple(t.to(device) for t in ts) for ts in exact_results(shape, mode, dtype))
+    backward = mode != "forward"
 
-    def results(function: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
-        leaves = tuple(t.to(dtype).requires_grad_(mode != "forward") for t in inputs)
-        grads = tuple(w.to(dtype) for w in weights)
+    def results(function: Callable[..., tuple[Tensor, ...]], layout: str) -> Callable[[], tuple[Tensor, ...]]:
+        leaves = tuple(laid_out(t, layout).requires_grad_(backward) for t in inputs)
+        incoming = tuple(laid_out(g, layout) for g in grads)
 
         def run() -> tuple[Tensor, ...]:
             outputs = function(*leaves)
-            return outputs if mode == "forward" else torch.autograd.grad(outputs, leaves, grads)
+            return torch.autograd.grad(outputs, leaves, incoming) if backward else outputs
 
         return run
 
-    def ours(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return bidirectional_attention(*tensors, impl=impl)
-
-    backward = mode != "forward"
-    time_checked(
-        results(formula if impl == "eager" else ours, torch.float32),
-        results(formula, torch.float64),
-        tolerance=1e-4,
+    torch._dynamo.reset()
+    layouts = [layout, "channels-last" if layout == "channels-first" else "channels-first"]
+    eager = [results(formula, each) for each in layouts]
+    if compiler_refusal is None and (layout, mode) != ("channels-first", "forward+backward"):
+        compiler_refusal = "compiled for channels-first, forward+backward alone: every shape takes ten seconds"
+    tokens, maps = inputs[0].numel(), inputs[2].numel()
+    compare(
+        "bidirectional_attention",
+        (f"{name} n{n} l{l} B{b} H{h} d{d} {str(dtype).removeprefix('torch.')}", layout, mode),
+        explain(bidirectional_attention, *inputs).backend,
+        results(bidirectional_attention, layout),
+        {
+            "eager": eager[:1],
+            "best format": eager,
+            "compile": compiler_refusal or [results(torch.compile(formula, dynamic=False), layout)],
+            "2 SDPA": [results(two_fused_attentions, each) for each in layouts],
+        },
+        exact,
+        # Products of n x l x d: S and one for each direction; backward S again and six more.
         flops=(10 if backward else 3) * 2 * b * h * n * l * d,
-        # Forward reads q and v and writes out; backward reads q, v and a gradient and writes two. The maps are small.
-        bytes_moved=(8 if backward else 3) * 4 * b * h * n * d,
+        # Forward reads q and v and writes out; backward reads q, v and a gradient and writes two. The same of the maps.
+        bytes_moved=((3 + 5) * (tokens + maps) if backward else 3 * (tokens + maps)) * inputs[0].element_size(),
     )

@@ -10,14 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utnetv2_fast.ops import depthwise_conv
+from utnetv2_fast.ops import depthwise_conv, explain
 
-# name: (B, C, *spatial), kernel
-SHAPES = {
-    "acdc-2d level 2": ((4, 256, 64, 64), (3, 3)),
-    "acdc-3d level 2": ((1, 128, 16, 48, 48), (3, 3, 3)),
-    "tiny-3d level 2": ((2, 128, 12, 12, 12), (3, 3, 3)),
-}
+Shape = tuple[int, ...]
+
+# (B, C, *spatial), kernel: the widest of acdc-3d and bcv-3d, one of acdc-3d's thick slices, then acdc-2d's; small ones.
+SHAPES: list[tuple[Shape, Shape]] = [
+    ((1, 512, 16, 48, 48), (3, 3, 3)),
+    ((1, 256, 32, 32, 32), (3, 3, 3)),
+    ((2, 128, 16, 48, 48), (1, 3, 3)),
+    ((2, 256, 64, 64), (3, 3)),
+    ((1, 1280, 4, 12, 12), (3, 3, 3)),
+    ((2, 1024, 16, 16), (3, 3)),
+]
+CHECKED_CHANNELS = 16  # channels do not depend on each other, and torch's float64 is slow
 
 
 def formula(x: Tensor, weight: Tensor) -> Tensor:
@@ -25,43 +31,62 @@ def formula(x: Tensor, weight: Tensor) -> Tensor:
     return convolution(x, weight, padding=[k // 2 for k in weight.shape[2:]], groups=x.shape[1])
 
 
-@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["channels-first", "channels-last"])
-@pytest.mark.parametrize("name", SHAPES)
-def bench_depthwise_conv(
-    name: str,
-    channels_last: bool,
-    mode: str,
-    impl: str,
-    device: torch.device,
-    skip_refused: Callable[..., None],
-    time_checked: Callable[..., None],
-) -> None:
-    shape, kernel = SHAPES[name]
-    x, weight = torch.randn(shape, device=device), torch.randn(shape[1], 1, *kernel, device=device)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-    skip_refused(impl, depthwise_conv, x, weight)
-    grad = torch.randn_like(x)
+def channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
-    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
-        leaves = tuple(t.to(dtype).requires_grad_(mode != "forward") for t in (x, weight))
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+@pytest.mark.parametrize(("shape", "kernel"), SHAPES, ids=str)
+def bench_depthwise_conv(
+    shape: Shape,
+    kernel: Shape,
+    layout: str,
+    mode: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiler_refusal: str | None,
+    compare: Callable[..., None],
+) -> None:
+    x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(shape[1], 1, *kernel, device=device).to(dtype)
+    formats = {"channels-first": (x, grad), "channels-last": (channels_last(x), channels_last(grad))}
+    backward = mode != "forward"
+
+    def results(function: Callable[..., Tensor], layout: str) -> Callable[[], tuple[Tensor, ...]]:
+        x, grad = formats[layout]
+        leaves = tuple(t.detach().requires_grad_(backward) for t in (x, weight))
 
         def run() -> tuple[Tensor, ...]:
             output = function(*leaves)
-            return (output,) if mode == "forward" else torch.autograd.grad(output, leaves, grad.to(dtype))
+            return torch.autograd.grad(output, leaves, grad) if backward else (output,)
 
         return run
 
-    def ours(*tensors: Tensor) -> Tensor:
-        return depthwise_conv(*tensors, impl=impl)
+    def compared(result: Tensor) -> Tensor:
+        channel_axis = 0 if result.shape == weight.shape else 1
+        return result.narrow(channel_axis, shape[1] - CHECKED_CHANNELS, CHECKED_CHANNELS)
 
-    backward = mode != "forward"
-    time_checked(
-        results(formula if impl == "eager" else ours, torch.float32),
-        results(formula, torch.float64),
-        tolerance=1e-4,
+    torch._dynamo.reset()
+    other = next(name for name in formats if name != layout)
+    eager = results(formula, layout)
+    checked = tuple(t[-CHECKED_CHANNELS:] if t is weight else t[:, -CHECKED_CHANNELS:] for t in (x, weight, grad))
+    x_, weight_, grad_ = (t.cpu().double() for t in checked)
+    leaves = (x_.requires_grad_(backward), weight_.requires_grad_(backward))
+    exact = torch.autograd.grad(formula(*leaves), leaves, grad_) if backward else (formula(*leaves),)
+    compare(
+        "depthwise_conv",
+        (f"{shape} {kernel} {str(dtype).removeprefix('torch.')}", layout, mode),
+        explain(depthwise_conv, x, weight).backend,
+        results(depthwise_conv, layout),
+        {
+            "eager": [eager],
+            "best format": [eager, results(formula, other)],
+            "compile": compiler_refusal or [results(torch.compile(formula, dynamic=False), layout)],
+        },
+        tuple(t.detach().to(device) for t in exact),
         flops=(3 if backward else 1) * 2 * x.numel() * math.prod(kernel),
         # Forward reads x and writes the result; the gradients read x and grad and write one more.
-        bytes_moved=(5 if backward else 2) * 4 * x.numel(),
+        bytes_moved=(5 if backward else 2) * x.nbytes,
+        compared=compared,
     )

@@ -89,7 +89,7 @@ def test_freed_memory_is_kept() -> None:
     """In a process of its own: of twenty large tensors, one after the other, few need pages of their own."""
     code = """
 import resource, torch
-from utnetv2_fast.cli.console import keep_freed_memory
+from utnetv2_fast import keep_freed_memory
 assert keep_freed_memory()
 size = 64 << 20
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

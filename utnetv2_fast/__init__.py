@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from utnetv2_fast.inference.predict import predict
+    from utnetv2_fast.memory import keep_freed_memory
     from utnetv2_fast.models import UTNetV2, UTNetV2Config
     from utnetv2_fast.ops import bidirectional_attention, depthwise_conv, depthwise_separable_conv, explain
 
@@ -20,6 +21,7 @@ __all__ = [
     "depthwise_conv",
     "depthwise_separable_conv",
     "explain",
+    "keep_freed_memory",
     "predict",
 ]
 
@@ -31,6 +33,7 @@ _HOMES = {
     "depthwise_conv": "utnetv2_fast.ops",
     "depthwise_separable_conv": "utnetv2_fast.ops",
     "explain": "utnetv2_fast.ops",
+    "keep_freed_memory": "utnetv2_fast.memory",
     "predict": "utnetv2_fast.inference.predict",
 }
 

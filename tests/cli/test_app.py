@@ -12,6 +12,10 @@ import typer
 import utnetv2_fast
 from utnetv2_fast.cli import app
 from utnetv2_fast.errors import InputError, RunError
+from utnetv2_fast.ops import cpu, reference
+from utnetv2_fast.ops.dispatch import OPERATORS
+from utnetv2_fast.ops.extension import load_extension
+from utnetv2_fast.ops.self_check import EXAMPLES
 
 VERBS = ["train", "predict", "evaluate", "prepare", "verify", "convert", "info", "doctor"]
 
@@ -116,11 +120,12 @@ def test_doctor_checks_the_operators(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert call(monkeypatch, "doctor", "--json") == 0
     content = json.loads(capsys.readouterr().out)
     assert content["machine"]["threads"] >= 1
-    assert {row["operator"] for row in content["operators"]} == {
-        "bidirectional_attention",
-        "depthwise_conv",
-        "depthwise_separable_conv",
-    }
+    assert {row["operator"] for row in content["operators"]} == {operator.__name__ for operator in EXAMPLES}
+    assert {row["operator"] for row in content["operators"]} <= set(OPERATORS)
+    if (extension := load_extension()) is not None:
+        used, widest = extension.instruction_set(), extension.widest_instruction_set()
+        assert content["machine"]["cpp_extension"].startswith(f"{used} instructions, the widest here;")
+        assert used == widest
     assert all(row["right"] and row["backend"] not in row["refusals"] for row in content["operators"])
     assert call(monkeypatch, "doctor") == 0
 
@@ -128,12 +133,11 @@ def test_doctor_checks_the_operators(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_doctor_fails_when_an_operator_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from utnetv2_fast.ops import reference
-
     # Only in low precision: the float64 it is compared with stays right.
     correct = reference.depthwise_conv
-    monkeypatch.setattr(
-        reference, "depthwise_conv", lambda x, *rest: correct(x, *rest) * (1.01 if x.dtype != torch.float64 else 1)
-    )
+    for backend in (reference, cpu):
+        monkeypatch.setattr(
+            backend, "depthwise_conv", lambda x, *rest: correct(x, *rest) * (1.01 if x.dtype != torch.float64 else 1)
+        )
     assert call(monkeypatch, "doctor") == 1
     assert "WRONG" in capsys.readouterr().out

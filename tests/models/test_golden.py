@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 
 from utnetv2_fast.models import UTNetV2, UTNetV2Config
 from utnetv2_fast.models.medformer_weights import convert_medformer_state_dict
+from utnetv2_fast.ops import explain
+from utnetv2_fast.ops.self_check import EXAMPLES, example
 
 GOLDEN = Path(os.environ.get("UTNETV2_FAST_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the authors' golden vectors are not beside the checkout")
@@ -48,10 +51,22 @@ CONFIGS = {
 }
 
 
-def load(dimensions: int, dtype: torch.dtype) -> tuple[UTNetV2, dict[str, np.ndarray], dict[str, torch.Tensor]]:
+@pytest.fixture(params=["reference", "cpu"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs all operators of the network here."""
+    for operator in EXAMPLES:
+        refusals = explain(operator, *example(operator, torch.device("cpu"))).refusals
+        if request.param in refusals:
+            pytest.skip(f"{operator.__name__}: {refusals[request.param]}")
+    return str(request.param)
+
+
+def load(
+    dimensions: int, dtype: torch.dtype, impl: str
+) -> tuple[UTNetV2, dict[str, np.ndarray], dict[str, torch.Tensor]]:
     vectors = dict(np.load(GOLDEN / f"medformer_{dimensions}d.npz"))
     state = {k.removeprefix("state/"): torch.from_numpy(v) for k, v in vectors.items() if k.startswith("state/")}
-    model = UTNetV2(CONFIGS[dimensions])
+    model = UTNetV2(CONFIGS[dimensions].model_copy(update={"impl": impl}))
     model.load_medformer_state_dict(state)
     return model.to(dtype).eval(), vectors, state
 
@@ -82,6 +97,7 @@ def gradients(model: UTNetV2, vectors: dict[str, np.ndarray], dtype: torch.dtype
     return logits.detach(), auxiliary.detach(), x.grad
 
 
+@functools.cache
 def gradient_change_from_rounded_weights(dimensions: int) -> float:
     """How far, in float64 arithmetic, weights off by half a float32 ulp move the input's gradient at worst.
 
@@ -91,7 +107,7 @@ def gradient_change_from_rounded_weights(dimensions: int) -> float:
     torch.manual_seed(0)
     worst = 0.0
     for _ in range(4):
-        model, vectors, _ = load(dimensions, torch.float64)
+        model, vectors, _ = load(dimensions, torch.float64, "reference")
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1 + torch.finfo(torch.float32).eps / 2 * (2 * torch.rand_like(parameter) - 1))
@@ -101,8 +117,8 @@ def gradient_change_from_rounded_weights(dimensions: int) -> float:
 
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_eval_outputs_and_gradients(dimensions: int, dtype: torch.dtype, tolerance: float) -> None:
-    model, vectors, state = load(dimensions, dtype)
+def test_eval_outputs_and_gradients(dimensions: int, dtype: torch.dtype, tolerance: float, impl: str) -> None:
+    model, vectors, state = load(dimensions, dtype, impl)
     logits, auxiliary, grad_input = gradients(model, vectors, dtype)
     assert relative_error(logits, vectors["eval/logits"]) < tolerance
     assert relative_error(auxiliary, vectors["eval/aux"]) < tolerance
@@ -140,8 +156,8 @@ def test_eval_outputs_and_gradients(dimensions: int, dtype: torch.dtype, toleran
 
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_train_mode_logits(dimensions: int, dtype: torch.dtype, tolerance: float) -> None:
-    model, vectors, _ = load(dimensions, dtype)
+def test_train_mode_logits(dimensions: int, dtype: torch.dtype, tolerance: float, impl: str) -> None:
+    model, vectors, _ = load(dimensions, dtype, impl)
     outputs = model.train()(torch.from_numpy(vectors["input"]).to(dtype))
     assert isinstance(outputs, tuple)
     assert relative_error(outputs[0], vectors["train/logits"]) < tolerance

@@ -1,12 +1,22 @@
-"""How accurate an operator must be: measured against float64, with plain PyTorch in the same dtype as the yardstick."""
+"""How accurate an operator must be, and which backends and builds its tests run.
+
+A module whose tests take `impl`, `build`, `compiled` or `compiled_build` names its operator as OPERATOR.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
+
+from utnetv2_fast.ops.dispatch import explain
+from utnetv2_fast.ops.extension import load_extension
+from utnetv2_fast.ops.self_check import example
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 @pytest.fixture
@@ -29,3 +39,76 @@ def assert_accurate() -> Callable[..., None]:
         assert error <= bound, f"error {error:.3g} exceeds {bound:.3g}"
 
     return check
+
+
+@pytest.fixture
+def skip_refused(request: pytest.FixtureRequest, device: torch.device) -> Callable[[str], str]:
+    def check(impl: str) -> str:
+        """`impl`, unless that backend cannot run the module's operator on the device."""
+        operator = request.module.OPERATOR
+        refusals = explain(operator, *example(operator, device)).refusals
+        if impl in refusals:
+            pytest.skip(f"{impl}: {refusals[impl]}")
+        return impl
+
+    return check
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def impl(request: pytest.FixtureRequest, skip_refused: Callable[[str], str]) -> str:
+    """Every backend that runs the module's operator on `device`."""
+    return skip_refused(request.param)
+
+
+@contextmanager
+def compiled_for(instructions: str) -> Iterator[None]:
+    """The kernels use `instructions`; skips where the processor lacks them."""
+    extension = load_extension()
+    assert extension is not None
+    if INSTRUCTION_SETS.index(instructions) > INSTRUCTION_SETS.index(extension.widest_instruction_set()):
+        pytest.skip(f"this processor has no {instructions} instructions")
+    before = extension.instruction_set()
+    extension.use_instruction_set(instructions)
+    yield
+    extension.use_instruction_set(before)
+
+
+@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
+def build(request: pytest.FixtureRequest, skip_refused: Callable[[str], str]) -> Iterator[str]:
+    """Every backend that runs the module's operator on `device`, and every build of the compiled one."""
+    if request.param == "reference":
+        yield "reference"
+        return
+    skip_refused("cpu")
+    with compiled_for(request.param):
+        yield "cpu"
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def compiled_build(request: pytest.FixtureRequest, skip_refused: Callable[[str], str]) -> Iterator[str]:
+    """Every build of the compiled backend."""
+    skip_refused("cpu")
+    with compiled_for(request.param):
+        yield "cpu"
+
+
+@pytest.fixture
+def compiled(skip_refused: Callable[[str], str]) -> str:
+    """The backend whose results do not depend on the number of threads."""
+    return skip_refused("cpu")
+
+
+@pytest.fixture
+def assert_same_bits_on_any_threads() -> Iterator[Callable[[Callable[[], list[Tensor]]], None]]:
+    before = torch.get_num_threads()
+
+    def check(run: Callable[[], list[Tensor]]) -> None:
+        results = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(run())
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+    yield check
+    torch.set_num_threads(before)

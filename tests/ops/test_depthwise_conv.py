@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from utnetv2_fast.ops import depthwise_conv
 
+OPERATOR = depthwise_conv
 Case = tuple[tuple[int, ...], tuple[int, ...]]  # (B, C, *spatial), kernel
 
 CASES: list[Case] = [
@@ -26,6 +28,12 @@ CASES: list[Case] = [
     ((1, 1, 1, 1, 1), (5, 3, 3)),
     ((0, 3, 4, 5), (3, 3)),
     ((0, 3, 4, 5, 6), (3, 3, 3)),
+]
+# Channels, planes or rows that a kernel cuts into pieces, and a rest of each.
+LARGER_CASES: list[Case] = [
+    ((1, 41, 40, 9, 10), (3, 3, 3)),
+    ((1, 2, 5, 130, 261), (3, 3, 3)),
+    ((1, 11, 120, 150), (7, 5)),
 ]
 
 
@@ -76,11 +84,33 @@ def make_inputs(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_result_and_gradients_match_float64(
-    case: Case, dtype: torch.dtype, layout: Layout, device: torch.device, assert_accurate: Callable[..., None]
+    case: Case,
+    dtype: torch.dtype,
+    layout: Layout,
+    build: str,
+    device: torch.device,
+    assert_accurate: Callable[..., None],
 ) -> None:
-    inputs = make_inputs(case, layout, dtype, device)
+    check_accuracy(make_inputs(case, layout, dtype, device), layout, build, assert_accurate)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LARGER_CASES, ids=str)
+def test_larger_results_and_gradients_match_float64(
+    case: Case,
+    dtype: torch.dtype,
+    layout: Layout,
+    compiled_build: str,
+    device: torch.device,
+    assert_accurate: Callable[..., None],
+) -> None:
+    check_accuracy(make_inputs(case, layout, dtype, device), layout, compiled_build, assert_accurate)
+
+
+def check_accuracy(inputs: tuple[Tensor, ...], layout: Layout, impl: str, assert_accurate: Callable[..., None]) -> None:
     exact_inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
-    result, eager, exact = depthwise_conv(*inputs), formula(*inputs), formula(*exact_inputs)
+    result, eager, exact = depthwise_conv(*inputs, impl=impl), formula(*inputs), formula(*exact_inputs)
     assert_accurate(result, eager, exact)
     grad = layout(torch.randn_like(result, memory_format=torch.contiguous_format))
     gradients = torch.autograd.grad(result, inputs, grad)
@@ -93,17 +123,19 @@ def test_result_and_gradients_match_float64(
 odd = st.sampled_from([1, 3, 5])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.tuples(st.integers(1, 7), odd), min_size=2, max_size=3),
-    st.integers(1, 3),
-    st.integers(1, 9),
-    st.sampled_from(LAYOUTS),
+    axes=st.lists(st.tuples(st.integers(1, 7), odd), min_size=2, max_size=3),
+    b=st.integers(1, 3),
+    c=st.integers(1, 9),
+    layout=st.sampled_from(LAYOUTS),
 )
-def test_any_shape_in_any_layout(axes: list[tuple[int, int]], b: int, c: int, layout: Layout) -> None:
+def test_any_shape_in_any_layout(
+    axes: list[tuple[int, int]], b: int, c: int, layout: Layout, impl: str, device: torch.device
+) -> None:
     spatial, kernel = zip(*axes, strict=True)
-    x, weight, _ = make_inputs(((b, c, *spatial), kernel), layout)
-    result, exact = depthwise_conv(x, weight), formula(x.double(), weight.double(), None)
+    x, weight, _ = make_inputs(((b, c, *spatial), kernel), layout, device=device)
+    result, exact = depthwise_conv(x, weight, impl=impl), formula(x.double(), weight.double(), None)
     torch.testing.assert_close(result.double(), exact, rtol=0, atol=1e-4)
     grad = torch.randn_like(x)
     gradients = torch.autograd.grad(result, (x, weight), grad)
@@ -111,18 +143,19 @@ def test_any_shape_in_any_layout(axes: list[tuple[int, int]], b: int, c: int, la
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("case", [((2, 3, 4, 5), (3, 5)), ((2, 2, 3, 4, 3), (3, 1, 3))], ids=str)
-def test_gradcheck(case: Case, with_bias: bool, device: torch.device) -> None:
-    inputs = make_inputs(case, channels_last, torch.float64, device)
-    assert gradcheck(depthwise_conv, inputs if with_bias else inputs[:2])
+def test_gradcheck(case: Case, with_bias: bool, layout: Layout, build: str, device: torch.device) -> None:
+    inputs = make_inputs(case, layout, torch.float64, device)
+    assert gradcheck(functools.partial(depthwise_conv, impl=build), inputs if with_bias else inputs[:2])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [((2, 4, 6, 5), (3, 3)), ((2, 4, 3, 6, 5), (3, 3, 3))], ids=str)
-def test_result_keeps_the_layout_of_its_input(case: Case, layout: Layout) -> None:
-    x, weight, bias = make_inputs(case, layout)
-    result = depthwise_conv(x, weight, bias)
+def test_result_keeps_the_layout_of_its_input(case: Case, layout: Layout, impl: str, device: torch.device) -> None:
+    x, weight, bias = make_inputs(case, layout, device=device)
+    result = depthwise_conv(x, weight, bias, impl=impl)
     assert result.stride() == torch.empty_like(x).stride()
     grad_x, grad_weight = torch.autograd.grad(result, (x, weight), torch.ones_like(result))
     assert grad_x.stride() == result.stride()
@@ -130,36 +163,72 @@ def test_result_keeps_the_layout_of_its_input(case: Case, layout: Layout) -> Non
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_frozen_inputs_cost_nothing_and_change_nothing(frozen: int) -> None:
-    inputs = make_inputs(((2, 4, 3, 6, 5), (3, 3, 3)))
-    expected = torch.autograd.grad(depthwise_conv(*inputs).sum(), inputs)
+def test_frozen_inputs_cost_nothing_and_change_nothing(frozen: int, impl: str, device: torch.device) -> None:
+    inputs = make_inputs(((2, 4, 3, 6, 5), (3, 3, 3)), device=device)
+    expected = torch.autograd.grad(depthwise_conv(*inputs, impl=impl).sum(), inputs)
     inputs[frozen].requires_grad_(False)
-    depthwise_conv(*inputs).sum().backward()
+    depthwise_conv(*inputs, impl=impl).sum().backward()
     for index, (tensor, want) in enumerate(zip(inputs, expected, strict=True)):
         assert tensor.grad is None if index == frozen else torch.equal(tensor.grad, want)
 
 
-def test_repeats_are_bit_identical() -> None:
-    inputs = make_inputs(((2, 16, 8, 12, 12), (3, 3, 3)))
-    grad = torch.randn_like(inputs[0])
-
-    def run() -> list[Tensor]:
-        result = depthwise_conv(*inputs)
-        return [result, *torch.autograd.grad(result, inputs, grad)]
-
+def test_repeats_are_bit_identical(impl: str, device: torch.device) -> None:
+    inputs = make_inputs(((2, 16, 8, 12, 12), (3, 3, 3)), device=device)
+    run = results_and_gradients(inputs, impl)
     first = run()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
-def test_autocast_lowers_like_torch(device: torch.device) -> None:
+@pytest.mark.parametrize("layout", [contiguous, channels_last, permuted])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LARGER_CASES, ids=str)
+def test_the_number_of_threads_changes_no_bit(
+    case: Case,
+    dtype: torch.dtype,
+    layout: Layout,
+    compiled: str,
+    device: torch.device,
+    assert_same_bits_on_any_threads: Callable[..., None],
+) -> None:
+    inputs = make_inputs(case, layout, dtype, device)[:2]  # the bias's gradient is a sum that torch cuts by its threads
+    assert_same_bits_on_any_threads(results_and_gradients(inputs, compiled))
+
+
+def results_and_gradients(inputs: tuple[Tensor, ...], impl: str) -> Callable[[], list[Tensor]]:
+    grad = torch.randn_like(inputs[0])
+
+    def run() -> list[Tensor]:
+        result = depthwise_conv(*inputs, impl=impl)
+        return [result, *torch.autograd.grad(result, inputs, grad)]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_dtypes_are_read_and_rounded_like_torch(
+    dtype: torch.dtype, layout: Layout, build: str, device: torch.device
+) -> None:
+    """Every number of 16 bits, times weights that reach ties, subnormals and infinity: the products are exact."""
+    numbers = torch.arange(2**16, device=device).to(torch.uint16).view(dtype)
+    eps = torch.finfo(dtype).eps
+    for factor in (1.0, 1 + eps, 1.5, 3 * eps, eps / 2, 2.0**-14 + 2.0**-16, 2.0**4, torch.inf):
+        for channels in (4, 64):  # less than a vector of them, and several
+            x = layout(numbers.view(1, channels, 64, -1))
+            weight = torch.full((channels, 1, 1, 1), factor, dtype=dtype, device=device)
+            expected = (x.float() * weight.float().view(1, -1, 1, 1)).to(dtype)
+            torch.testing.assert_close(depthwise_conv(x, weight, impl=build), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_autocast_lowers_like_torch(impl: str, device: torch.device) -> None:
     inputs = make_inputs(((2, 8, 6, 10, 8), (3, 3, 3)), device=device)
     lowered = tuple(t.detach().bfloat16().requires_grad_() for t in inputs)
     with torch.autocast(device.type, torch.bfloat16):
-        result = depthwise_conv(*inputs)
+        result = depthwise_conv(*inputs, impl=impl)
         assert result.dtype == formula(*inputs).dtype
         gradients = torch.autograd.grad(result, inputs, torch.ones_like(result))
-    expected = depthwise_conv(*lowered)
+    expected = depthwise_conv(*lowered, impl=impl)
     assert torch.equal(result, expected)
     for got, want in zip(gradients, torch.autograd.grad(expected, lowered, torch.ones_like(expected)), strict=True):
         assert got.dtype == torch.float32
@@ -168,21 +237,21 @@ def test_autocast_lowers_like_torch(device: torch.device) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [((2, 4, 6, 5), (3, 3)), ((2, 4, 3, 6, 5), (1, 3, 3))], ids=str)
-def test_opcheck(case: Case, layout: Layout, device: torch.device) -> None:
+def test_opcheck(case: Case, layout: Layout, impl: str, device: torch.device) -> None:
     ops = torch.ops.utnetv2_fast
     x, weight, bias = (t.detach() for t in make_inputs(case, layout, device=device))
     grad = torch.randn_like(x)
-    torch.library.opcheck(ops.depthwise_conv.default, (x, weight, bias, "reference"))
-    torch.library.opcheck(ops.depthwise_conv.default, (x, weight, None, "reference"))
-    torch.library.opcheck(ops.depthwise_conv_backward_weight.default, (grad, x, weight, "reference"))
+    torch.library.opcheck(ops.depthwise_conv.default, (x, weight, bias, impl))
+    torch.library.opcheck(ops.depthwise_conv.default, (x, weight, None, impl))
+    torch.library.opcheck(ops.depthwise_conv_backward_weight.default, (grad, x, weight, impl))
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_compiles_whole_with_any_size(dimensions: int, device: torch.device) -> None:
+def test_compiles_whole_with_any_size(dimensions: int, impl: str, device: torch.device) -> None:
     torch._dynamo.reset()
 
     def step(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return depthwise_conv(depthwise_conv(x, weight, bias), weight).sin().sum()
+        return depthwise_conv(depthwise_conv(x, weight, bias, impl=impl), weight, impl=impl).sin().sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in (5, 8, 11):

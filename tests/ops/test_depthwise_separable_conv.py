@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from utnetv2_fast.ops import depthwise_separable_conv
+
+OPERATOR = depthwise_separable_conv
 
 
 def formula(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Tensor:
@@ -34,11 +37,15 @@ def make_inputs(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("spatial", [(7, 9), (4, 6, 5)])
 def test_result_and_gradients_match_float64(
-    spatial: tuple[int, ...], dtype: torch.dtype, device: torch.device, assert_accurate: Callable[..., None]
+    spatial: tuple[int, ...],
+    dtype: torch.dtype,
+    build: str,
+    device: torch.device,
+    assert_accurate: Callable[..., None],
 ) -> None:
     inputs = make_inputs(*spatial, dtype=dtype, device=device)
     exact_inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
-    result, eager, exact = depthwise_separable_conv(*inputs), formula(*inputs), formula(*exact_inputs)
+    result, eager, exact = depthwise_separable_conv(*inputs, impl=build), formula(*inputs), formula(*exact_inputs)
     assert_accurate(result, eager, exact)
     grad = torch.randn_like(result)
     gradients = torch.autograd.grad(result, inputs, grad)
@@ -49,30 +56,30 @@ def test_result_and_gradients_match_float64(
 
 
 @pytest.mark.parametrize("spatial", [(4, 5), (3, 4, 3)])
-def test_gradcheck(spatial: tuple[int, ...], device: torch.device) -> None:
+def test_gradcheck(spatial: tuple[int, ...], impl: str, device: torch.device) -> None:
     inputs = make_inputs(*spatial, dtype=torch.float64, device=device)
-    assert gradcheck(depthwise_separable_conv, inputs, fast_mode=True)
+    assert gradcheck(functools.partial(depthwise_separable_conv, impl=impl), inputs, fast_mode=True)
 
 
-def test_channels_last_stays_channels_last() -> None:
-    x, *weights = make_inputs(7, 9)
-    result = depthwise_separable_conv(x.to(memory_format=torch.channels_last), *weights)
+def test_channels_last_stays_channels_last(impl: str, device: torch.device) -> None:
+    x, *weights = make_inputs(7, 9, device=device)
+    result = depthwise_separable_conv(x.to(memory_format=torch.channels_last), *weights, impl=impl)
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_autocast_lowers_both_convolutions(device: torch.device) -> None:
+def test_autocast_lowers_both_convolutions(impl: str, device: torch.device) -> None:
     inputs = make_inputs(4, 6, 5, device=device)
     with torch.autocast(device.type, torch.bfloat16):
-        result = depthwise_separable_conv(*inputs)
-    assert torch.equal(result, depthwise_separable_conv(*(t.bfloat16() for t in inputs)))
+        result = depthwise_separable_conv(*inputs, impl=impl)
+    assert torch.equal(result, depthwise_separable_conv(*(t.bfloat16() for t in inputs), impl=impl))
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(result.sum(), inputs))
 
 
-def test_compiles_whole(device: torch.device) -> None:
+def test_compiles_whole(impl: str, device: torch.device) -> None:
     torch._dynamo.reset()
     inputs = make_inputs(4, 6, 5, device=device)
     compiled = torch.compile(depthwise_separable_conv, fullgraph=True, backend="aot_eager")
-    result, expected = compiled(*inputs), depthwise_separable_conv(*inputs)
+    result, expected = compiled(*inputs, impl=impl), depthwise_separable_conv(*inputs, impl=impl)
     torch.testing.assert_close(result, expected)
     gradients = torch.autograd.grad(result.sin().sum(), inputs)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected.sin().sum(), inputs))

@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from utnetv2_fast.ops import bidirectional_attention, depthwise_conv, depthwise_separable_conv, explain
+from utnetv2_fast.ops import bidirectional_attention, depthwise_conv, depthwise_separable_conv, dispatch, explain
+from utnetv2_fast.ops.extension import load_extension
 
-CALLS: list[tuple[Callable[..., object], tuple[tuple[int, ...], ...]]] = [
+Operator = Callable[..., object]
+Shapes = tuple[tuple[int, ...], ...]
+
+CALLS: list[tuple[Operator, Shapes]] = [
     (bidirectional_attention, ((1, 2, 6, 4), (1, 2, 6, 4), (1, 2, 3, 4), (1, 2, 3, 4))),
     (depthwise_conv, ((1, 4, 6, 6), (4, 1, 3, 3))),
     (depthwise_separable_conv, ((1, 4, 6, 6), (4, 1, 3, 3), (8, 4, 1, 1))),
@@ -19,25 +23,64 @@ CALLS: list[tuple[Callable[..., object], tuple[tuple[int, ...], ...]]] = [
 each_operator = pytest.mark.parametrize(("operator", "shapes"), CALLS, ids=[call[0].__name__ for call in CALLS])
 
 
+def assert_refused(operator: Operator, tensors: list[Tensor], impl: str, reason: str) -> None:
+    """Named, `impl` raises with the reason that explain() gives; "auto" takes another backend."""
+    explanation = explain(operator, *tensors)
+    assert re.search(reason, explanation.refusals[impl])
+    assert explanation.backend != impl
+    with pytest.raises(NotImplementedError, match=f"cannot run with impl='{impl}': .*{reason}"):
+        operator(*tensors, impl=impl)
+    operator(*tensors)
+
+
 @each_operator
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
-def test_a_named_backend_never_falls_back(
-    operator: Callable[..., object], shapes: tuple[tuple[int, ...], ...], impl: str
+def test_triton_is_refused_where_it_is_not_built(operator: Operator, shapes: Shapes) -> None:
+    assert_refused(operator, [torch.ones(shape) for shape in shapes], "triton", "not built")
+
+
+@each_operator
+def test_cpu_is_refused_without_the_extension(
+    operator: Operator, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(NotImplementedError, match=f"cannot run with impl='{impl}': .* not built"):
-        operator(*map(torch.ones, shapes), impl=impl)
+    monkeypatch.setattr(dispatch, "load_extension", lambda: None)
+    assert_refused(operator, [torch.ones(shape) for shape in shapes], "cpu", "not built")
 
 
 @each_operator
-def test_an_unknown_backend_is_named(operator: Callable[..., object], shapes: tuple[tuple[int, ...], ...]) -> None:
+def test_cpu_is_refused_on_another_device(operator: Operator, shapes: Shapes) -> None:
+    tensors = [torch.ones(shape, device="meta") for shape in shapes]
+    assert_refused(operator, tensors, "cpu", "it computes on the CPU, and these tensors are on meta")
+
+
+def test_instruction_sets_are_chosen_by_name() -> None:
+    extension = load_extension()
+    if extension is None:
+        pytest.skip("the C++ extension is not built")
+    known, before = ("baseline", "avx2", "avx512"), extension.instruction_set()
+    assert before == extension.widest_instruction_set()
+    widest = known.index(before)
+    try:
+        for name in known[: widest + 1]:
+            extension.use_instruction_set(name)
+            assert extension.instruction_set() == name
+        for name in known[widest + 1 :]:
+            with pytest.raises(ValueError, match=f"this processor has no {name} instructions"):
+                extension.use_instruction_set(name)
+        with pytest.raises(ValueError, match="must be 'baseline', 'avx2' or 'avx512', not 'neon'"):
+            extension.use_instruction_set("neon")
+        assert extension.instruction_set() == before
+    finally:
+        extension.use_instruction_set(before)
+
+
+@each_operator
+def test_an_unknown_backend_is_named(operator: Operator, shapes: Shapes) -> None:
     with pytest.raises(ValueError, match=r"impl must be one of 'auto', 'reference', 'cpu', 'triton', not 'cuda'"):
         operator(*map(torch.ones, shapes), impl="cuda")
 
 
 @each_operator
-def test_explain_agrees_with_what_runs(
-    operator: Callable[..., object], shapes: tuple[tuple[int, ...], ...], device: torch.device
-) -> None:
+def test_explain_agrees_with_what_runs(operator: Operator, shapes: Shapes, device: torch.device) -> None:
     tensors: tuple[Tensor, ...] = tuple(torch.ones(shape, device=device) for shape in shapes)
     explanation = explain(operator, *tensors)
     assert explanation == explain(operator.__name__, *tensors)

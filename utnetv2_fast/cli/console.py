@@ -64,15 +64,3 @@ def _lines(items: Sequence[T], description: str) -> Iterator[T]:
         yield item
     if shown > start:
         sys.stderr.write(f"{description}: {len(items)}/{len(items)}, {time.monotonic() - start:.0f} s\n")
-
-
-def keep_freed_memory() -> bool:
-    """Let this process keep the memory of freed tensors for the next ones; returns whether that can be had here.
-
-    By default the C library returns large blocks to the system, and a training step on a CPU then spends much of its
-    time on fresh pages. Needs the C++ extension and glibc.
-    """
-    from utnetv2_fast.ops.extension import load_extension
-
-    extension = load_extension()
-    return extension is not None and extension.keep_freed_memory()

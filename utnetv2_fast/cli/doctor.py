@@ -69,7 +69,9 @@ def _machine() -> dict[str, Any]:
     if extension is None:
         machine["cpp_extension"] = "not built: install a C++17 compiler, then install utnetv2-fast again"
     else:
-        machine["cpp_extension"] = f"{extension.instruction_set()}, {extension.thread_count()} threads"
+        used, widest = extension.instruction_set(), extension.widest_instruction_set()
+        note = "the widest here" if used == widest else f"although {widest} is here"
+        machine["cpp_extension"] = f"{used} instructions, {note}; {extension.thread_count()} threads"
     machine |= {f"gpu_{i}": _describe_gpu(i) for i in range(torch.cuda.device_count())} or {"gpu": "none"}
     if (memory := _memory_gib()) is not None:
         machine["memory_gib"] = memory

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from utnetv2_fast.cli.console import Json, console, keep_freed_memory, print_json, track
+from utnetv2_fast.cli.console import Json, console, print_json, track
+from utnetv2_fast.memory import keep_freed_memory
 
 
 def predict(

@@ -17,13 +17,13 @@ from utnetv2_fast.cli.console import (
     SECONDS_BETWEEN_LINES,
     Json,
     console,
-    keep_freed_memory,
     messages,
     print_json,
     track,
 )
 from utnetv2_fast.cli.evaluate import score_table
 from utnetv2_fast.errors import InputError
+from utnetv2_fast.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from utnetv2_fast.data.dataset import Dataset

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from utnetv2_fast.ops import cpu, reference
@@ -33,11 +32,14 @@ def refusal(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> str | N
     return None
 
 
-@torch.compiler.assume_constant_result
 def _extension_is_missing() -> str | None:
     if load_extension() is None:
         return "the C++ extension is not built: install a C++17 compiler, then install utnetv2-fast again"
     return None
+
+
+# What `torch.compiler.assume_constant_result` does, without importing Dynamo, and Triton with it, for it.
+_extension_is_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(backend: str) -> ModuleType:
