@@ -92,4 +92,12 @@ PYBIND11_MODULE(_C, module) {
             kernels().depthwise_conv_backward_weight(grad_out_, x_, grad_weight_);
         },
         py::arg("grad_out"), py::arg("x"), py::arg("grad_weight"));
+    module.def(
+        "conv_backward_weight",
+        [](const py::tuple& grad_out, const py::tuple& x, const py::tuple& grad_weight) {
+            const Tensor grad_out_ = as_tensor(grad_out), x_ = as_tensor(x), grad_weight_ = as_tensor(grad_weight);
+            const py::gil_scoped_release release;
+            kernels().conv_backward_weight(grad_out_, x_, grad_weight_);
+        },
+        py::arg("grad_out"), py::arg("x"), py::arg("grad_weight"));
 }

@@ -6,7 +6,8 @@ namespace utnetv2 {
     namespace ISA {                                                                                           \
     void depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& out);        \
     void depthwise_conv_backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight);  \
-    const Kernels table{&depthwise_conv, &depthwise_conv_backward_weight};                                    \
+    void conv_backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight);            \
+    const Kernels table{&depthwise_conv, &depthwise_conv_backward_weight, &conv_backward_weight};             \
     }
 
 UTNETV2_DECLARE(baseline)

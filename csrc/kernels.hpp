@@ -12,6 +12,9 @@ struct Kernels {
 
     // grad_weight (C, 1, *k) from grad_out and x (B, C, *spatial).
     void (*depthwise_conv_backward_weight)(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight);
+
+    // grad_weight (C_out, C_in, *k) of a dense convolution from grad_out (B, C_out, *spatial) and x (B, C_in, *spatial).
+    void (*conv_backward_weight)(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight);
 };
 
 // The kernels compiled for `set`, which the processor must have.
