@@ -113,10 +113,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("keep_freed_memory", &utnetv2::keep_freed_memory,
                "Keep the memory of freed tensors for the next ones; whether the C library here can be told so.");
 
-    def_kernel<&Kernels::bidirectional_attention>(module, "bidirectional_attention");
-    def_kernel<&Kernels::bidirectional_attention_backward>(module, "bidirectional_attention_backward");
-    def_kernel<&Kernels::token_attention>(module, "token_attention");
-    def_kernel<&Kernels::token_attention_backward>(module, "token_attention_backward");
-    def_kernel<&Kernels::depthwise_conv>(module, "depthwise_conv");
-    def_kernel<&Kernels::depthwise_conv_backward_weight>(module, "depthwise_conv_backward_weight");
+#define UTNETV2_DEFINE(NAME) def_kernel<&Kernels::NAME>(module, #NAME);
+    UTNETV2_KERNELS(UTNETV2_DEFINE)
 }

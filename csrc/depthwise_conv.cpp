@@ -18,6 +18,7 @@
 // with all others positions of one channel.
 #include "kernel_tools.hpp"
 #include "kernels.hpp"
+#include "map.hpp"
 #include "parallel.hpp"
 #include "vector.hpp"
 
@@ -29,20 +30,6 @@ constexpr int64_t PLANES_BYTES = 384 << 10;  // of a piece's planes: half a seco
 constexpr int64_t PIECES = 32;               // at least, where the shape allows: enough for many threads
 constexpr int64_t LINE = 256; // bytes of a cache line
 constexpr int64_t UNROLL = 8;                // vectors of accumulators: products take four cycles, two start in each
-
-// (B, C, D, H, W) with strides; 2D has D = 1.
-template <class T>
-struct Map {
-    T* data;
-    int64_t b, c, d, h, w;  // strides
-};
-
-template <class T>
-Map<T> as_map(const Tensor& t) {
-    const int64_t* s = t.strides;
-    T* data = static_cast<T*>(t.data);
-    return t.dimensions == 4 ? Map<T>{data, s[0], s[1], 0, s[2], s[3]} : Map<T>{data, s[0], s[1], s[2], s[3], s[4]};
-}
 
 struct Geometry {
     int64_t batch, channels, depth, height, width;
@@ -129,11 +116,6 @@ struct Prologue {
         return relu && !(x > 0) && x == x ? A(0) : x;
     }
 };
-
-template <class A>
-void fill_zero(A* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = 0;
-}
 
 // One row of positions; vectors of channels go to planes `group` elements apart.
 template <class T, class A>

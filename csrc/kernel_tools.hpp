@@ -18,6 +18,11 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) { return larger(low, smaller(value, high)); }
 
+template <class A>
+inline void fill_zero(A* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = 0;
+}
+
 // Calls run(T{}) with the storage type T of `dtype`.
 template <class F>
 inline void for_storage(DType dtype, const F& run) {

@@ -5,18 +5,12 @@
 namespace utnetv2 {
 
 // The functions of each instruction set's kernel files have the types of the table's members.
-#define UTNETV2_KERNEL(NAME) std::remove_pointer_t<decltype(Kernels::NAME)> NAME;
-#define UTNETV2_INSTRUCTION_SET(ISA)                                                                   \
-    namespace ISA {                                                                                    \
-    UTNETV2_KERNEL(bidirectional_attention)                                                            \
-    UTNETV2_KERNEL(bidirectional_attention_backward)                                                   \
-    UTNETV2_KERNEL(token_attention)                                                                    \
-    UTNETV2_KERNEL(token_attention_backward)                                                           \
-    UTNETV2_KERNEL(depthwise_conv)                                                                     \
-    UTNETV2_KERNEL(depthwise_conv_backward_weight)                                                     \
-    const Kernels table{&bidirectional_attention, &bidirectional_attention_backward, &token_attention, \
-                        &token_attention_backward, &depthwise_conv,                                    \
-                        &depthwise_conv_backward_weight};                                              \
+#define UTNETV2_DECLARATION(NAME) std::remove_pointer_t<decltype(Kernels::NAME)> NAME;
+#define UTNETV2_ENTRY(NAME) &NAME,
+#define UTNETV2_INSTRUCTION_SET(ISA)                      \
+    namespace ISA {                                       \
+    UTNETV2_KERNELS(UTNETV2_DECLARATION)                  \
+    const Kernels table{UTNETV2_KERNELS(UTNETV2_ENTRY)}; \
     }
 
 UTNETV2_INSTRUCTION_SET(baseline)

@@ -31,7 +31,20 @@ struct Kernels {
     // grad_weight (C, 1, *k) from grad_out and in, as above.
     void (*depthwise_conv_backward_weight)(const Tensor& grad_out, const Tensor& x, const Tensor* scale,
                                            const Tensor* shift, bool relu, const Tensor& grad_weight);
+
+    // grad_weight (C_out, C_in, *k) of a dense convolution from grad_out (B, C_out, *spatial) and x (B, C_in, *spatial).
+    void (*conv_backward_weight)(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight);
 };
+
+// DO(NAME) for every member, in their order.
+#define UTNETV2_KERNELS(DO)              \
+    DO(bidirectional_attention)          \
+    DO(bidirectional_attention_backward) \
+    DO(token_attention)                  \
+    DO(token_attention_backward)         \
+    DO(depthwise_conv)                   \
+    DO(depthwise_conv_backward_weight)   \
+    DO(conv_backward_weight)
 
 // The kernels compiled for `set`, which the processor must have.
 const Kernels& kernels(InstructionSet set);

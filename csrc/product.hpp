@@ -26,7 +26,7 @@ inline void product_block(int64_t depth, Strided<A> a, const A* b, int64_t b_row
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-        for (int x = 0; x < VECTORS; ++x) total[i][x] = ACCUMULATE ? load(c + i * c_row + x * L) : Vec<A>{};
+        for (int x = 0; x < VECTORS; ++x) total[i][x] = Vec<A>{};
     for (int64_t k = 0; k < depth; ++k) {
         Vec<A> right[VECTORS];
 #pragma GCC unroll 2
@@ -41,7 +41,11 @@ inline void product_block(int64_t depth, Strided<A> a, const A* b, int64_t b_row
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-        for (int x = 0; x < VECTORS; ++x) store(c + i * c_row + x * L, total[i][x]);
+        for (int x = 0; x < VECTORS; ++x) {
+            A* to = c + i * c_row + x * L;
+            // Added at the end: a long sum in several calls is then a sum of their sums, and rounds less.
+            store(to, ACCUMULATE ? load(to) + total[i][x] : total[i][x]);
+        }
 }
 
 template <int VECTORS, bool ACCUMULATE, class A>

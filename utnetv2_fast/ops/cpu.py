@@ -84,3 +84,9 @@ def depthwise_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) 
         _described(grad_out), _described(x), None, None, False, _described(grad_weight)
     )
     return grad_weight
+
+
+def conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    grad_weight = torch.empty_like(weight)
+    _extension().conv_backward_weight(_described(grad_out), _described(x), _described(grad_weight))
+    return grad_weight

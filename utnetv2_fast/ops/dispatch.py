@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from utnetv2_fast.ops import cpu, reference
@@ -17,7 +18,7 @@ from utnetv2_fast.ops.extension import load_extension
 
 Impl = Literal["auto", "reference", "cpu", "triton"]
 BACKENDS = ("triton", "cpu", "reference")  # fastest first
-OPERATORS = ("bidirectional_attention", "depthwise_conv", "depthwise_separable_conv")
+OPERATORS = ("bidirectional_attention", "conv_backward_weight", "depthwise_conv", "depthwise_separable_conv")
 
 
 def refusal(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> str | None:
@@ -28,7 +29,22 @@ def refusal(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> str | N
         elsewhere = next((t.device for t in tensors if t.device.type != "cpu"), None)
         if elsewhere is not None:
             return f"it computes on the CPU, and these tensors are on {elsewhere}"
+        if operator == "conv_backward_weight" and (reason := _torch_is_as_fast(*tensors)) is not None:
+            return reason
         return _extension_is_missing()
+    return None
+
+
+def _torch_is_as_fast(grad_out: Tensor, x: Tensor, weight: Tensor) -> str | None:
+    """Why the weight's gradient of a dense convolution needs no kernel of ours; None where it does.
+
+    It does in channels-last, in float64 and in the dtypes of 16 bits: oneDNN then runs at a fraction of its speed in
+    channels-first float32.
+    """
+    if x.dtype in (torch.float32, torch.float64) and all(k == 1 for k in weight.shape[2:]):
+        return "with a kernel of one tap this is a product of matrices, which torch has from BLAS"
+    if x.dtype == torch.float32 and grad_out.stride(1) != 1 and x.stride(1) != 1:
+        return "torch's own kernel is as fast on channels-first maps in float32"
     return None
 
 

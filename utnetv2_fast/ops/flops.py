@@ -57,3 +57,10 @@ def _depthwise_conv_backward_weight(
     grad_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:
     return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
+
+
+@register_flop_formula(_ops.conv_backward_weight)
+def _conv_backward_weight(
+    grad_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0] * math.prod(weight_shape[2:])

@@ -150,17 +150,32 @@ def depthwise_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) 
 
 
 def _planar_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return _convolution_backward_weight(grad_out, x, weight, groups=x.shape[1])
+
+
+def _convolution_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    axes = x.ndim - 2
     _, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_out,
         x,
         weight,
         bias_sizes=None,
-        stride=[1, 1],
+        stride=[1] * axes,
         padding=[k // 2 for k in weight.shape[2:]],
-        dilation=[1, 1],
+        dilation=[1] * axes,
         transposed=False,
-        output_padding=[0, 0],
-        groups=x.shape[1],
+        output_padding=[0] * axes,
+        groups=groups,
         output_mask=[False, True, False],
     )
     return grad_weight
+
+
+@_without_autocast
+def conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the weight of a dense convolution."""
+    if grad_out.stride(1) == x.stride(1) == 1 and all(k == 1 for k in weight.shape[2:]):
+        # A product of two matrices (positions, channels), which BLAS computes faster than the convolution does.
+        matrices = [t.movedim(1, -1).flatten(0, -2) for t in (grad_out, x)]
+        return _laid_out_like((matrices[0].T @ matrices[1]).view(weight.shape), weight)
+    return _laid_out_like(_convolution_backward_weight(grad_out, x, weight, groups=1), weight)
