@@ -76,6 +76,26 @@ PYBIND11_MODULE(_C, module) {
                "Keep the memory of freed tensors for the next ones; whether the C library here can be told so.");
 
     module.def(
+        "channel_moments",
+        [](const py::tuple& x, const py::tuple& mean, const py::tuple& variance) {
+            const Tensor x_ = as_tensor(x), mean_ = as_tensor(mean), variance_ = as_tensor(variance);
+            const py::gil_scoped_release release;
+            kernels().channel_moments(x_, mean_, variance_);
+        },
+        py::arg("x"), py::arg("mean"), py::arg("variance"));
+    module.def(
+        "channel_moments_backward",
+        [](const py::tuple& grad_mean, const py::tuple& grad_variance, const py::tuple& x, const py::tuple& mean,
+           const std::optional<py::tuple>& other, const py::tuple& grad_x) {
+            const Tensor grad_mean_ = as_tensor(grad_mean), grad_variance_ = as_tensor(grad_variance);
+            const Tensor x_ = as_tensor(x), mean_ = as_tensor(mean), grad_x_ = as_tensor(grad_x);
+            const auto other_ = as_optional(other);
+            const py::gil_scoped_release release;
+            kernels().channel_moments_backward(grad_mean_, grad_variance_, x_, mean_, pointer(other_), grad_x_);
+        },
+        py::arg("grad_mean"), py::arg("grad_variance"), py::arg("x"), py::arg("mean"), py::arg("other").none(true),
+        py::arg("grad_x"));
+    module.def(
         "depthwise_conv",
         [](const py::tuple& x, const py::tuple& weight, const std::optional<py::tuple>& bias, const py::tuple& out) {
             const Tensor x_ = as_tensor(x), weight_ = as_tensor(weight), out_ = as_tensor(out);
@@ -92,4 +112,25 @@ PYBIND11_MODULE(_C, module) {
             kernels().depthwise_conv_backward_weight(grad_out_, x_, grad_weight_);
         },
         py::arg("grad_out"), py::arg("x"), py::arg("grad_weight"));
+    module.def(
+        "scale_shift",
+        [](const py::tuple& x, const py::tuple& scale, const py::tuple& shift, bool relu, const py::tuple& out) {
+            const Tensor x_ = as_tensor(x), scale_ = as_tensor(scale), shift_ = as_tensor(shift);
+            const Tensor out_ = as_tensor(out);
+            const py::gil_scoped_release release;
+            kernels().scale_shift(x_, scale_, shift_, relu, out_);
+        },
+        py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("relu"), py::arg("out"));
+    module.def(
+        "scale_shift_backward",
+        [](const py::tuple& grad_out, const py::tuple& x, const py::tuple& scale, const py::tuple& shift, bool relu,
+           const py::tuple& grad_x, const py::tuple& grad_scale, const py::tuple& grad_shift) {
+            const Tensor grad_out_ = as_tensor(grad_out), x_ = as_tensor(x), scale_ = as_tensor(scale);
+            const Tensor shift_ = as_tensor(shift), grad_x_ = as_tensor(grad_x), grad_scale_ = as_tensor(grad_scale);
+            const Tensor grad_shift_ = as_tensor(grad_shift);
+            const py::gil_scoped_release release;
+            kernels().scale_shift_backward(grad_out_, x_, scale_, shift_, relu, grad_x_, grad_scale_, grad_shift_);
+        },
+        py::arg("grad_out"), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("relu"), py::arg("grad_x"),
+        py::arg("grad_scale"), py::arg("grad_shift"));
 }
