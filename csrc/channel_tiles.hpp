@@ -96,10 +96,11 @@ inline ChannelPiece make_channel_piece(const ChannelGeometry& g, int64_t i) {
     return p;
 }
 
-// The part of a piece that is worked on while it lies in cache, and whose sums run in single precision: at most
-// CHUNK_ELEMENTS and CHUNK_ROWS rows.
-constexpr int64_t CHUNK_ELEMENTS = 4096;
+// The part of a piece that is worked on while it lies in cache, and whose sums run in single precision: CHUNK_ROWS rows
+// that fit the second cache, or a run that fits the first.
+constexpr int64_t CHUNK_ELEMENTS = 16384;
 constexpr int64_t CHUNK_ROWS = 256;
+constexpr int64_t CHUNK_RUN = 4096;
 
 struct ChannelChunk {
     int64_t sample, c0, channels, p0, positions;  // one channel unless channels-last
@@ -109,7 +110,7 @@ struct ChannelChunk {
 template <class F>
 inline void for_chunks(const ChannelGeometry& g, const ChannelPiece& p, const F& visit) {
     const int64_t together = g.channels_last ? p.channels : 1;
-    const int64_t most = g.channels_last ? clamp(CHUNK_ELEMENTS / p.channels, 1, CHUNK_ROWS) : CHUNK_ELEMENTS;
+    const int64_t most = g.channels_last ? clamp(CHUNK_ELEMENTS / p.channels, 1, CHUNK_ROWS) : CHUNK_RUN;
     for (int64_t c = 0; c < p.channels; c += together)
         for (int64_t i = 0; i < p.positions; i += most)
             visit(ChannelChunk{p.sample, p.c0 + c, together, p.p0 + i, smaller(most, p.positions - i)});

@@ -84,7 +84,7 @@ def _batch_moments(norm: _BatchNorm, moments: Moments | None, x: Tensor) -> Mome
     variance = (variances + (means - mean).square()).mean(0)
     with torch.no_grad():
         batches.add_(1)
-        factor = 1 / batches if norm.momentum is None else norm.momentum
+        factor = 1 / batches.double() if norm.momentum is None else norm.momentum
         running_mean.mul_(1 - factor).add_(factor * mean)
         running_var.mul_(1 - factor).add_(factor * variance * (count / (count - 1)))
     return mean, variance
