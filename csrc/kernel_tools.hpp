@@ -13,7 +13,14 @@
 namespace utnetv2 {
 namespace {
 
+// An integer as a type.
+template <int VALUE>
+struct Constant {
+    static constexpr int value = VALUE;
+};
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) { return larger(low, smaller(value, high)); }

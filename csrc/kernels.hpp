@@ -23,6 +23,16 @@ struct Kernels {
                                      double scale, const Tensor& grad_q, const Tensor& grad_map_q,
                                      const Tensor& grad_map_v);
 
+    // mean and variance (B, C) of x (B, C, *spatial) over its spatial axes.
+    void (*channel_moments)(const Tensor& x, const Tensor& mean, const Tensor& variance);
+
+    // grad_x (B, C, *spatial) of them, plus `other`, laid out in any way, or null.
+    void (*channel_moments_backward)(const Tensor& grad_mean, const Tensor& grad_variance, const Tensor& x,
+                                     const Tensor& mean, const Tensor* other, const Tensor& grad_x);
+
+    // grad_weight (C_out, C_in, *k) of a dense convolution from grad_out (B, C_out, *spatial) and x (B, C_in, *spatial).
+    void (*conv_backward_weight)(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight);
+
     // out = bias + in convolved with weight, in = x or, with scale and shift (B, C), [ReLU](x * scale + shift);
     // x and out (B, C, *spatial), weight (C, 1, *k), bias (C) or null.
     void (*depthwise_conv)(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor* scale,
@@ -32,8 +42,12 @@ struct Kernels {
     void (*depthwise_conv_backward_weight)(const Tensor& grad_out, const Tensor& x, const Tensor* scale,
                                            const Tensor* shift, bool relu, const Tensor& grad_weight);
 
-    // grad_weight (C_out, C_in, *k) of a dense convolution from grad_out (B, C_out, *spatial) and x (B, C_in, *spatial).
-    void (*conv_backward_weight)(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight);
+    // out = x * scale + shift, then ReLU if `relu`; x and out (B, C, *spatial), scale and shift (B, C).
+    void (*scale_shift)(const Tensor& x, const Tensor& scale, const Tensor& shift, bool relu, const Tensor& out);
+
+    // grad_x (B, C, *spatial), grad_scale and grad_shift (B, C).
+    void (*scale_shift_backward)(const Tensor& grad_out, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                 bool relu, const Tensor& grad_x, const Tensor& grad_scale, const Tensor& grad_shift);
 };
 
 // DO(NAME) for every member, in their order.
@@ -42,9 +56,13 @@ struct Kernels {
     DO(bidirectional_attention_backward) \
     DO(token_attention)                  \
     DO(token_attention_backward)         \
+    DO(channel_moments)                  \
+    DO(channel_moments_backward)         \
+    DO(conv_backward_weight)             \
     DO(depthwise_conv)                   \
     DO(depthwise_conv_backward_weight)   \
-    DO(conv_backward_weight)
+    DO(scale_shift)                      \
+    DO(scale_shift_backward)
 
 // The kernels compiled for `set`, which the processor must have.
 const Kernels& kernels(InstructionSet set);

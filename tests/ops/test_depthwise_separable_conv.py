@@ -98,3 +98,13 @@ def test_other_wrong_arguments_are_named() -> None:
         depthwise_separable_conv(x, torch.zeros(6, 1, 2, 2), pointwise_weight)
     with pytest.raises(ValueError, match=r"^pointwise_weight must have the dtype of x"):
         depthwise_separable_conv(x, depthwise_weight, pointwise_weight.double())
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_frozen_inputs_cost_nothing_and_change_nothing(frozen: int) -> None:
+    inputs = make_inputs(4, 6, 5)
+    expected = torch.autograd.grad(depthwise_separable_conv(*inputs).sum(), inputs)
+    inputs[frozen].requires_grad_(False)
+    depthwise_separable_conv(*inputs).sum().backward()
+    for index, (tensor, want) in enumerate(zip(inputs, expected, strict=True)):
+        assert tensor.grad is None if index == frozen else torch.equal(tensor.grad, want)

@@ -35,7 +35,7 @@ class UTNetV2(nn.Module):
         super().__init__()
         self.config = config
         c, k, s, norm, impl = config.channels, config.kernel_sizes, config.scales, config.norm, config.impl
-        self.stem = Stem(config.in_channels, c[0], k[0], norm)
+        self.stem = Stem(config.in_channels, c[0], k[0], norm, impl=impl)
         self.conv_down = ConvDownStage(c[0], c[1], s[0], k[1], norm, impl=impl)
         self.down = nn.ModuleList(
             AttentionDownStage(
@@ -69,7 +69,8 @@ class UTNetV2(nn.Module):
             for level in (3, 2)
         )
         self.conv_up = nn.ModuleList(
-            ConvUpStage(c[level + 1], c[level], k[level], norm, reduce_skip=config.reduce_skip) for level in (1, 0)
+            ConvUpStage(c[level + 1], c[level], k[level], norm, reduce_skip=config.reduce_skip, impl=impl)
+            for level in (1, 0)
         )
         ones = (1,) * config.dimensions
         self.head = make_conv(c[0], config.num_classes, ones, bias=True)

@@ -9,7 +9,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from utnetv2_fast import ops
-from utnetv2_fast.nn.convolution import DepthwiseSeparableConv, Impl, MBConv, Norm, NormActConv, make_conv, make_norm
+from utnetv2_fast.nn.convolution import (
+    DepthwiseSeparableConv,
+    MBConv,
+    Norm,
+    NormActConv,
+    conv_of_norm,
+    make_conv,
+    make_norm,
+)
+from utnetv2_fast.nn.normalised_conv import fuses, through_moments
+from utnetv2_fast.ops.dispatch import Impl
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -40,19 +50,24 @@ class BidirectionalAttention(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        self.heads, self.impl = heads, impl
+        self.heads = heads
+        self.impl: Impl = impl
         self.token_qv = DepthwiseSeparableConv(in_channels, 2 * channels, kernel_size, impl=impl)
         self.token_out = DepthwiseSeparableConv(channels, channels, kernel_size, impl=impl)
         self.map_qv = make_conv(channels, 2 * channels, (1,))
         self.map_out = make_conv(channels, channels, (1,)) if update_map else None
 
     def forward(self, x: Tensor, semantic_map: Tensor) -> tuple[Tensor, Tensor | None]:
-        q, v = (split_heads(t, self.heads) for t in self.token_qv(x).chunk(2, dim=1))
+        return self.attend(self.token_qv(x), semantic_map)
+
+    def attend(self, qv: Tensor, semantic_map: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same from the projected token map (B, 2 C, *spatial)."""
+        q, v = (split_heads(t, self.heads) for t in qv.chunk(2, dim=1))
         map_q, map_v = (split_heads(t, self.heads) for t in self.map_qv(semantic_map).chunk(2, dim=1))
         out, map_out = ops.bidirectional_attention(
             q, v, map_q, map_v, need_map=self.map_out is not None, impl=self.impl
         )
-        out = self.token_out(merge_heads(out, tuple(x.shape[2:])))
+        out = self.token_out(merge_heads(out, tuple(qv.shape[2:])))
         if self.map_out is None or map_out is None:
             return out, None
         return out, self.map_out(merge_heads(map_out, tuple(semantic_map.shape[2:])))
@@ -83,13 +98,22 @@ class BidirectionalAttentionBlock(nn.Module):
         self.attention = BidirectionalAttention(
             in_channels, channels, heads, kernel_size, update_map=update_map, impl=impl
         )
+        self.impl: Impl = impl
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != channels:
             pointwise = make_conv(in_channels, channels, (1,) * dimensions)
-            self.shortcut = NormActConv(norm, in_channels, pointwise, dimensions=dimensions)
+            self.shortcut = NormActConv(norm, in_channels, pointwise, dimensions=dimensions, impl=impl)
         self.feed_forward = MBConv(channels, kernel_size, expansion, norm, impl=impl)
 
     def forward(self, x: Tensor, semantic_map: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, map_update = self.attention(self.token_norm(x), self.map_norm(semantic_map))
-        out = self.feed_forward(out + self.shortcut(x))
+        semantic_map_ = self.map_norm(semantic_map)
+        if fuses(self.token_norm, x, self.impl):
+            x, moments = through_moments(self.token_norm, x)
+            qv = conv_of_norm(self.token_norm, self.attention.token_qv, x, moments)
+            out, map_update = self.attention.attend(qv, semantic_map_)
+            shortcut = self.shortcut.of_moments(x, moments) if isinstance(self.shortcut, NormActConv) else x
+        else:
+            out, map_update = self.attention(self.token_norm(x), semantic_map_)
+            shortcut = self.shortcut(x)
+        out = self.feed_forward(out + shortcut)
         return out, None if map_update is None else semantic_map + map_update

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from utnetv2_fast import ops
+from utnetv2_fast.nn.normalised_conv import Moments, fuses, normalised_conv, scale_and_shift, through_moments
+from utnetv2_fast.ops.dispatch import Impl
 
 Norm = Literal["batch", "instance"]
-Impl = Literal["auto", "reference", "cpu", "triton"]
 
 _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -66,14 +67,51 @@ class DepthwiseSeparableConv(nn.Module):
         return ops.depthwise_separable_conv(x, self.depthwise_weight, self.pointwise_weight, impl=self.impl)
 
 
+def weights_of(conv: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The depthwise and the dense weight of a convolution without bias; None for the one that it lacks."""
+    if isinstance(conv, DepthwiseConv):
+        return conv.weight, None
+    if isinstance(conv, DepthwiseSeparableConv):
+        return conv.depthwise_weight, conv.pointwise_weight
+    assert isinstance(conv.weight, Tensor)
+    return None, conv.weight
+
+
+def conv_of_norm(norm: nn.Module, conv: nn.Module, x: Tensor, moments: Moments | None, *, relu: bool = False) -> Tensor:
+    """`conv` of [ReLU of] `norm` of x, which has these moments; only where the norm fuses."""
+    return normalised_conv(x, *scale_and_shift(norm, moments, x), *weights_of(conv), relu=relu)
+
+
 class NormActConv(nn.Sequential):
     """The pre-activation order: normalise, ReLU (left out where `act` is False), convolve."""
 
-    def __init__(self, norm: Norm, in_channels: int, conv: nn.Module, *, dimensions: int, act: bool = True) -> None:
+    def __init__(
+        self,
+        norm: Norm,
+        in_channels: int,
+        conv: nn.Module,
+        *,
+        dimensions: int,
+        act: bool = True,
+        impl: Impl = "auto",
+    ) -> None:
         super().__init__()
+        self.impl: Impl = impl
         self.norm = make_norm(norm, in_channels, dimensions, instance_eps=1e-4)
         self.act = nn.ReLU() if act else nn.Identity()
         self.conv = conv
+
+    def fuses(self, x: Tensor) -> bool:
+        return fuses(self.norm, x, self.impl)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.fuses(x):
+            return self.conv(self.act(self.norm(x)))
+        return self.of_moments(*through_moments(self.norm, x))
+
+    def of_moments(self, x: Tensor, moments: Moments | None) -> Tensor:
+        """The same of an x whose moments others need too; only where this fuses."""
+        return conv_of_norm(self.norm, self.conv, x, moments, relu=isinstance(self.act, nn.ReLU))
 
 
 class ResidualBlock(nn.Module):
@@ -82,19 +120,25 @@ class ResidualBlock(nn.Module):
     Where the channels change the shortcut is [norm, ReLU, conv] with the block's own kernel, as in the authors' code.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, ...], norm: Norm) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: tuple[int, ...], norm: Norm, *, impl: Impl = "auto"
+    ) -> None:
         super().__init__()
 
         def norm_act_conv(channels: int) -> NormActConv:
             conv = make_conv(channels, out_channels, kernel_size)
-            return NormActConv(norm, channels, conv, dimensions=len(kernel_size))
+            return NormActConv(norm, channels, conv, dimensions=len(kernel_size), impl=impl)
 
         self.conv1 = norm_act_conv(in_channels)
         self.conv2 = norm_act_conv(out_channels)
         self.shortcut = norm_act_conv(in_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x)) + self.shortcut(x)
+        if not self.conv1.fuses(x):
+            return self.conv2(self.conv1(x)) + self.shortcut(x)
+        x, moments = through_moments(self.conv1.norm, x)
+        out = self.conv2(self.conv1.of_moments(x, moments))
+        return out + (self.shortcut.of_moments(x, moments) if isinstance(self.shortcut, NormActConv) else x)
 
 
 class SqueezeExcitation(nn.Module):
@@ -107,8 +151,11 @@ class SqueezeExcitation(nn.Module):
         self.expand = make_conv(channels // ratio, channels, ones, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(dim=tuple(range(2, x.ndim)), keepdim=True)  # (B, C, 1, ..)
-        return x * torch.sigmoid(self.expand(torch.relu(self.reduce(mean))))
+        return x * self.gate(x.mean(dim=tuple(range(2, x.ndim)), keepdim=True))
+
+    def gate(self, mean: Tensor) -> Tensor:
+        """Factors (B, C, 1, ..) from means (B, C, 1, ..)."""
+        return torch.sigmoid(self.expand(torch.relu(self.reduce(mean))))
 
 
 class MBConv(nn.Module):
@@ -119,11 +166,27 @@ class MBConv(nn.Module):
     ) -> None:
         super().__init__()
         hidden, dimensions, ones = channels * expansion, len(kernel_size), (1,) * len(kernel_size)
-        self.expand = NormActConv(norm, channels, make_conv(channels, hidden, ones), dimensions=dimensions)
-        depthwise = DepthwiseConv(hidden, kernel_size, impl=impl)
-        self.depthwise = NormActConv(norm, hidden, depthwise, dimensions=dimensions)
+
+        def norm_conv(in_channels: int, conv: nn.Module, *, act: bool = True) -> NormActConv:
+            return NormActConv(norm, in_channels, conv, dimensions=dimensions, act=act, impl=impl)
+
+        self.expand = norm_conv(channels, make_conv(channels, hidden, ones))
+        self.depthwise = norm_conv(hidden, DepthwiseConv(hidden, kernel_size, impl=impl))
         self.excite = SqueezeExcitation(hidden, dimensions)
-        self.project = NormActConv(norm, hidden, make_conv(hidden, channels, ones), dimensions=dimensions, act=False)
+        self.project = norm_conv(hidden, make_conv(hidden, channels, ones), act=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.project(self.excite(self.depthwise(self.expand(x))))
+        if not self.expand.fuses(x):
+            return x + self.project(self.excite(self.depthwise(self.expand(x))))
+        x, moments = through_moments(self.expand.norm, x)
+        return x + self._project_excited(self.depthwise(self.expand.of_moments(x, moments)))
+
+    def _project_excited(self, x: Tensor) -> Tensor:
+        """Squeeze-excite and project in one: gate * x has moments that follow from those of x and the gate."""
+        x, mean, variance = ops.through_channel_moments(x, impl="cpu")
+        gate = (
+            self.excite.gate(mean.view(*mean.shape, *[1] * (x.ndim - 2)).to(x.dtype)).flatten(1).to(mean.dtype)
+        )  # (B, C)
+        gated_moments = (gate * mean, gate.square() * variance)
+        scale, shift = scale_and_shift(self.project.norm, gated_moments, x)
+        return normalised_conv(x, gate * scale, shift, *weights_of(self.project.conv), relu=False)

@@ -9,8 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utnetv2_fast.nn.bidirectional_attention import BidirectionalAttentionBlock
-from utnetv2_fast.nn.convolution import DepthwiseSeparableConv, Impl, Norm, ResidualBlock, make_conv, make_norm
+from utnetv2_fast.nn.convolution import (
+    DepthwiseSeparableConv,
+    Norm,
+    ResidualBlock,
+    conv_of_norm,
+    make_conv,
+    make_norm,
+)
+from utnetv2_fast.nn.normalised_conv import fuses, through_moments
 from utnetv2_fast.nn.semantic_map import SemanticMapGeneration
+from utnetv2_fast.ops.dispatch import Impl
 
 
 def resize_like(x: Tensor, reference: Tensor) -> Tensor:
@@ -19,13 +28,23 @@ def resize_like(x: Tensor, reference: Tensor) -> Tensor:
     return F.interpolate(x, size=reference.shape[2:], mode=mode, align_corners=True)
 
 
+def _reduced(norm: nn.Module, conv: nn.Module, x: Tensor, impl: Impl) -> Tensor:
+    """`conv` of `norm` of x."""
+    if not fuses(norm, x, impl):
+        return conv(norm(x))
+    x, moments = through_moments(norm, x)
+    return conv_of_norm(norm, conv, x, moments)
+
+
 class Stem(nn.Module):
     """A convolution and a residual block at full resolution."""
 
-    def __init__(self, in_channels: int, channels: int, kernel_size: tuple[int, ...], norm: Norm) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, kernel_size: tuple[int, ...], norm: Norm, *, impl: Impl = "auto"
+    ) -> None:
         super().__init__()
         self.conv = make_conv(in_channels, channels, kernel_size)
-        self.block = ResidualBlock(channels, channels, kernel_size, norm)
+        self.block = ResidualBlock(channels, channels, kernel_size, norm, impl=impl)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(self.conv(x))
@@ -50,6 +69,7 @@ class PatchMerging(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = scale
+        self.impl: Impl = impl
         if len(scale) == 2:
             self.offsets = [offset[::-1] for offset in itertools.product(*map(range, scale[::-1]))]
         else:
@@ -64,7 +84,8 @@ class PatchMerging(nn.Module):
             index = (slice(None), slice(None), *every_second)
             return x[index]
 
-        return self.reduce(self.norm(torch.cat([neighbour(offset) for offset in self.offsets], dim=1)))
+        merged = torch.cat([neighbour(offset) for offset in self.offsets], dim=1)
+        return _reduced(self.norm, self.reduce, merged, self.impl)
 
 
 class ConvDownStage(nn.Sequential):
@@ -82,7 +103,9 @@ class ConvDownStage(nn.Sequential):
     ) -> None:
         super().__init__()
         self.patch_merging = PatchMerging(in_channels, channels, scale, kernel_size, norm, impl=impl)
-        self.blocks = nn.Sequential(*(ResidualBlock(channels, channels, kernel_size, norm) for _ in range(2)))
+        self.blocks = nn.Sequential(
+            *(ResidualBlock(channels, channels, kernel_size, norm, impl=impl) for _ in range(2))
+        )
 
 
 class AttentionDownStage(nn.Module):
@@ -126,16 +149,25 @@ class SkipConnection(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, skip_channels: int, channels: int, dimensions: int, norm: Norm, *, reduce: bool
+        self,
+        in_channels: int,
+        skip_channels: int,
+        channels: int,
+        dimensions: int,
+        norm: Norm,
+        *,
+        reduce: bool,
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
+        self.impl: Impl = impl
         concatenated = in_channels + skip_channels
         self.norm = make_norm(norm, concatenated, dimensions) if reduce else nn.Identity()
         self.reduce = make_conv(concatenated, channels, (1,) * dimensions) if reduce else nn.Identity()
         self.out_channels = channels if reduce else concatenated
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.reduce(self.norm(torch.cat([resize_like(x, skip), skip], dim=1)))
+        return _reduced(self.norm, self.reduce, torch.cat([resize_like(x, skip), skip], dim=1), self.impl)
 
 
 class AttentionUpStage(nn.Module):
@@ -157,7 +189,7 @@ class AttentionUpStage(nn.Module):
     ) -> None:
         super().__init__()
         dimensions = len(kernel_size)
-        self.skip = SkipConnection(in_channels, channels, channels, dimensions, norm, reduce=reduce_skip)
+        self.skip = SkipConnection(in_channels, channels, channels, dimensions, norm, reduce=reduce_skip, impl=impl)
         self.map_reduce = make_conv(in_channels + channels, channels, (1,))
         self.blocks = nn.ModuleList(
             BidirectionalAttentionBlock(
@@ -185,13 +217,22 @@ class ConvUpStage(nn.Module):
     """Skip connection, then two residual blocks."""
 
     def __init__(
-        self, in_channels: int, channels: int, kernel_size: tuple[int, ...], norm: Norm, *, reduce_skip: bool
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: tuple[int, ...],
+        norm: Norm,
+        *,
+        reduce_skip: bool,
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        self.skip = SkipConnection(in_channels, channels, channels, len(kernel_size), norm, reduce=reduce_skip)
+        self.skip = SkipConnection(
+            in_channels, channels, channels, len(kernel_size), norm, reduce=reduce_skip, impl=impl
+        )
         self.blocks = nn.Sequential(
-            ResidualBlock(self.skip.out_channels, channels, kernel_size, norm),
-            ResidualBlock(channels, channels, kernel_size, norm),
+            ResidualBlock(self.skip.out_channels, channels, kernel_size, norm, impl=impl),
+            ResidualBlock(channels, channels, kernel_size, norm, impl=impl),
         )
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:

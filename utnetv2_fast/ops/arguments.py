@@ -13,6 +13,15 @@ def check_dtype(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, not {x.dtype}")
 
 
+def check_channel_map(name: str, x: Tensor) -> None:
+    """Raise ValueError unless `x` is (B, C, *spatial) with 1 to 3 spatial axes, none but B empty, of a known dtype."""
+    if x.ndim not in (3, 4, 5):
+        raise ValueError(f"{name} must be (B, C, *spatial) with 1 to 3 spatial axes, not of shape {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must have at least one channel and one position, not the shape {tuple(x.shape)}")
+    check_dtype(name, x)
+
+
 def check_alike(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """Raise ValueError unless `x` has the dtype and the device of `like`."""
     if x.dtype != like.dtype:

@@ -71,6 +71,23 @@ def token_attention_backward(
     return gradients
 
 
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, variance = x.new_empty(x.shape[:2], dtype=dtype), x.new_empty(x.shape[:2], dtype=dtype)
+    _extension().channel_moments(_described(x), _described(mean), _described(variance))
+    return mean, variance
+
+
+def channel_moments_backward(
+    grad_mean: Tensor, grad_variance: Tensor, x: Tensor, mean: Tensor, other: Tensor | None
+) -> Tensor:
+    grad_x = torch.empty_like(x)
+    described_other = None if other is None else _described(other)
+    arguments = map(_described, (grad_mean, grad_variance, x, mean))
+    _extension().channel_moments_backward(*arguments, described_other, _described(grad_x))
+    return grad_x
+
+
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty_like(x)
     described_bias = None if bias is None else _described(bias)
@@ -90,3 +107,18 @@ def conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     grad_weight = torch.empty_like(weight)
     _extension().conv_backward_weight(_described(grad_out), _described(x), _described(grad_weight))
     return grad_weight
+
+
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    out = torch.empty_like(x)
+    _extension().scale_shift(_described(x), _described(scale), _described(shift), relu, _described(out))
+    return out
+
+
+def scale_shift_backward(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(shift)
+    arguments = map(_described, (grad_out, x, scale, shift))
+    _extension().scale_shift_backward(*arguments, relu, *map(_described, gradients))
+    return gradients

@@ -31,12 +31,13 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, imp
     if (dtype := autocast_dtype(x)) is not None:
         x, weight = lowered(x, dtype), lowered(weight, dtype)
         bias = None if bias is None else lowered(bias, dtype)
-    _check(x, weight, bias)
+    check_depthwise(x, weight, bias)
     backend = choose("depthwise_conv", impl, (x, weight))
     return _DepthwiseConv.apply(x, weight, bias, backend)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError naming the argument that does not fit."""
     if x.ndim not in (4, 5):
         raise ValueError(f"x must be (B, C, H, W) or (B, C, D, H, W), not of shape {tuple(x.shape)}")
     if 0 in x.shape[1:]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, lowered
-from utnetv2_fast.ops.depthwise_conv import depthwise_conv
-from utnetv2_fast.ops.dispatch import Impl
+from utnetv2_fast.ops.depthwise_conv import check_depthwise, depthwise_conv
+from utnetv2_fast.ops.dispatch import Impl, choose
 
 
 def depthwise_separable_conv(
@@ -22,7 +26,7 @@ def depthwise_separable_conv(
         impl: backend: "auto" takes the fastest that can run these inputs, a named one runs or raises.
 
     Returns:
-        (B, C_out, *spatial).
+        (B, C_out, *spatial). On a CPU nothing but the arguments is saved for backward.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or an unknown `impl`.
@@ -36,5 +40,51 @@ def depthwise_separable_conv(
             f" not of shape {tuple(pointwise_weight.shape)}"
         )
     check_alike("pointwise_weight", pointwise_weight, "x", x)
-    convolution = F.conv2d if x.ndim == 4 else F.conv3d
-    return convolution(depthwise_conv(x, depthwise_weight, impl=impl), pointwise_weight)
+    if choose("depthwise_separable_conv", impl, (x, depthwise_weight, pointwise_weight)) == "cpu":
+        check_depthwise(x, depthwise_weight, None)
+        return _DepthwiseSeparableConv.apply(x, depthwise_weight, pointwise_weight)
+    return _pointwise(depthwise_conv(x, depthwise_weight, impl=impl), pointwise_weight)
+
+
+def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight) if x.ndim == 4 else F.conv3d(x, weight)
+
+
+_depthwise = torch.ops.utnetv2_fast.depthwise_conv.default
+_depthwise_backward_weight = torch.ops.utnetv2_fast.depthwise_conv_backward_weight.default
+
+
+class _DepthwiseSeparableConv(torch.autograd.Function):
+    """On a CPU what lies between the two convolutions costs less to compute again than its memory is worth."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, depthwise_weight, pointwise_weight)
+        return _pointwise(_depthwise(x, depthwise_weight, None, "cpu"), pointwise_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, depthwise_weight, pointwise_weight = ctx.saved_tensors
+        need_x, need_depthwise, need_pointwise = ctx.needs_input_grad
+        axes = x.ndim - 2
+        grad_between, grad_pointwise, _ = torch.ops.aten.convolution_backward(
+            grad_out,
+            _depthwise(x, depthwise_weight, None, "cpu"),
+            pointwise_weight,
+            bias_sizes=None,
+            stride=[1] * axes,
+            padding=[0] * axes,
+            dilation=[1] * axes,
+            transposed=False,
+            output_padding=[0] * axes,
+            groups=1,
+            output_mask=[need_x or need_depthwise, need_pointwise, False],
+        )
+        grad_x = grad_depthwise = None
+        if need_x:
+            mirrored = depthwise_weight.flip(tuple(range(2, x.ndim)))
+            grad_x = _depthwise(grad_between, mirrored, None, "cpu")
+        if need_depthwise:
+            grad_depthwise = _depthwise_backward_weight(grad_between, x, depthwise_weight, "cpu")
+        return grad_x, grad_depthwise, grad_pointwise

@@ -18,7 +18,14 @@ from utnetv2_fast.ops.extension import load_extension
 
 Impl = Literal["auto", "reference", "cpu", "triton"]
 BACKENDS = ("triton", "cpu", "reference")  # fastest first
-OPERATORS = ("bidirectional_attention", "conv_backward_weight", "depthwise_conv", "depthwise_separable_conv")
+OPERATORS = (
+    "bidirectional_attention",
+    "channel_moments",
+    "conv_backward_weight",
+    "depthwise_conv",
+    "depthwise_separable_conv",
+    "scale_shift",
+)
 
 
 def refusal(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> str | None:

@@ -6,6 +6,7 @@ Products, softmax and sums run in float32 for float16 and bfloat16 inputs, in th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -122,6 +123,24 @@ def _transposed_scores(q: Tensor, map_q: Tensor, scale: float) -> Tensor:
     return (scale * map_q) @ q.mT
 
 
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, variance), (B, C) each, the variance biased."""
+    (x_,) = _accurate(x)
+    variance, mean = torch.var_mean(x_, dim=_spatial_axes(x), correction=0)
+    return mean, variance
+
+
+def channel_moments_backward(
+    grad_mean: Tensor, grad_variance: Tensor, x: Tensor, mean: Tensor, other: Tensor | None
+) -> Tensor:
+    """Gradient of x: that of its moments, and `other`, which it has from elsewhere."""
+    (x_,) = _accurate(x)
+    positions = math.prod(x.shape[2:])
+    slope, offset = 2 * grad_variance / positions, grad_mean / positions
+    grad_x = _over_positions(slope, x) * (x_ - _over_positions(mean, x)) + _over_positions(offset, x)
+    return _laid_out_like(grad_x if other is None else grad_x + other, x)
+
+
 @_without_autocast
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     convolution = F.conv2d if x.ndim == 4 else F.conv3d
@@ -179,3 +198,31 @@ def conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         matrices = [t.movedim(1, -1).flatten(0, -2) for t in (grad_out, x)]
         return _laid_out_like((matrices[0].T @ matrices[1]).view(weight.shape), weight)
     return _laid_out_like(_convolution_backward_weight(grad_out, x, weight, groups=1), weight)
+
+
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    (x_,) = _accurate(x)
+    y = x_ * _over_positions(scale, x) + _over_positions(shift, x)
+    return _laid_out_like(y.relu() if relu else y, x)
+
+
+def scale_shift_backward(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and shift; where the ReLU was active is computed again."""
+    grad_y, x_ = _accurate(grad_out, x)
+    if relu:
+        y = x_ * _over_positions(scale, x) + _over_positions(shift, x)
+        grad_y = torch.where(y <= 0, 0, grad_y)
+    axes = _spatial_axes(x)
+    grad_x = _laid_out_like(grad_y * _over_positions(scale, x), x)
+    return grad_x, _laid_out_like((grad_y * x_).sum(axes), scale), _laid_out_like(grad_y.sum(axes), shift)
+
+
+def _spatial_axes(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.ndim))
+
+
+def _over_positions(parameter: Tensor, x: Tensor) -> Tensor:
+    """(B, C) -> (B, C, 1, ..), to be broadcast over the positions of x (B, C, *spatial)."""
+    return parameter.reshape(*parameter.shape, *[1] * (x.ndim - 2))

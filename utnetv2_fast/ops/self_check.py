@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 
 from utnetv2_fast.ops.bidirectional_attention import bidirectional_attention
+from utnetv2_fast.ops.channel_moments import channel_moments
 from utnetv2_fast.ops.depthwise_conv import depthwise_conv
 from utnetv2_fast.ops.depthwise_separable_conv import depthwise_separable_conv
+from utnetv2_fast.ops.scale_shift import scale_shift
 
 Operator = Callable[..., Tensor | tuple[Tensor, Tensor | None]]
 
 # Shapes of the tensor arguments: ACDC's in small.
 EXAMPLES: dict[Operator, tuple[tuple[int, ...], ...]] = {
     bidirectional_attention: ((1, 4, 260, 32), (1, 4, 260, 32), (1, 4, 27, 32), (1, 4, 27, 32)),
+    channel_moments: ((1, 16, 6, 10, 12),),
     depthwise_conv: ((1, 16, 6, 10, 12), (16, 1, 3, 3, 3)),
     depthwise_separable_conv: ((1, 16, 6, 10, 12), (16, 1, 1, 3, 3), (24, 16, 1, 1, 1)),
+    scale_shift: ((1, 16, 6, 10, 12), (1, 16), (1, 16)),
 }
 
 

@@ -1,0 +1,219 @@
+"""Normalisation, ReLU and convolution in one, for a CPU: backward computes what lies between them again.
+
+A normalisation is a scale and a shift of every channel of every sample, made of the channel's moments by arithmetic on
+(B, C) that autograd differentiates. So batch norm, instance norm, and a gate that another factor multiplies in are one
+case, and of all maps only the input is saved.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from utnetv2_fast import ops
+from utnetv2_fast.ops.arguments import autocast_dtype, lowered
+from utnetv2_fast.ops.dispatch import Impl, choose
+
+Moments = tuple[Tensor, Tensor]  # mean and biased variance, (B, C) each
+
+_BACKEND: Impl = "cpu"
+_scale_shift = torch.ops.utnetv2_fast.scale_shift.default
+_scale_shift_backward = torch.ops.utnetv2_fast.scale_shift_backward.default
+_depthwise_conv = torch.ops.utnetv2_fast.depthwise_conv.default
+_depthwise_conv_backward_weight = torch.ops.utnetv2_fast.depthwise_conv_backward_weight.default
+
+
+def fuses(norm: nn.Module, x: Tensor, impl: Impl) -> bool:
+    """Whether `norm` of `x` and the convolution behind it run as `normalised_conv`, else as the modules they are."""
+    if impl not in ("auto", "cpu") or choose("scale_shift", impl, (x,)) != _BACKEND:
+        return False
+    return isinstance(norm, _NormBase) and x.ndim in (4, 5)
+
+
+def through_moments(norm: nn.Module, x: Tensor) -> tuple[Tensor, Moments | None]:
+    """`x`, to be used from here on, and its moments; None where `norm` uses the running ones."""
+    if isinstance(norm, _BatchNorm) and not norm.training:
+        return x, None
+    x, mean, variance = ops.through_channel_moments(x, impl=_BACKEND)
+    return x, (mean, variance)
+
+
+def scale_and_shift(norm: nn.Module, moments: Moments | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, C) each, so that `norm` of a map with these moments and the shape of `x` is the map * scale + shift.
+
+    In training mode batch norm's running statistics take a step, as torch's modules let them.
+    """
+    assert isinstance(norm, _NormBase)
+    if isinstance(norm, _BatchNorm):
+        mean, variance = _batch_moments(norm, moments, x)
+    else:
+        assert moments is not None, "only batch norm has running moments"
+        mean, variance = moments
+        if math.prod(x.shape[2:]) == 1:
+            raise ValueError(f"Expected more than 1 spatial element when training, got input size {tuple(x.shape)}")
+    scale = (variance + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.to(scale.dtype)
+    shift = -mean * scale
+    if norm.affine:
+        shift = shift + norm.bias.to(shift.dtype)
+    return scale.expand(x.shape[:2]), shift.expand(x.shape[:2])
+
+
+def _batch_moments(norm: _BatchNorm, moments: Moments | None, x: Tensor) -> Moments:
+    """Mean and variance (C,) that batch norm divides by, in training mode those of the batch."""
+    running_mean, running_var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert running_mean is not None
+    assert running_var is not None
+    assert batches is not None
+    if not norm.training:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return running_mean.to(dtype), running_var.to(dtype)
+    assert moments is not None
+    count = x.numel() // x.shape[1]
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    means, variances = moments
+    mean = means.mean(0)
+    variance = (variances + (means - mean).square()).mean(0)
+    with torch.no_grad():
+        batches.add_(1)
+        factor = 1 / batches.double() if norm.momentum is None else norm.momentum
+        running_mean.mul_(1 - factor).add_(factor * mean)
+        running_var.mul_(1 - factor).add_(factor * variance * (count / (count - 1)))
+    return mean, variance
+
+
+def normalised_conv(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    depthwise_weight: Tensor | None,
+    dense_weight: Tensor | None,
+    *,
+    relu: bool,
+) -> Tensor:
+    """Convolve [ReLU of] x * scale + shift depthwise, then densely; None leaves one of the two out.
+
+    Args:
+        x: (B, C, *spatial).
+        scale, shift: (B, C), float32; float64 for float64.
+        depthwise_weight: (C, 1, *k) or None.
+        dense_weight: (C_out, C, *k) or None. All k are odd; stride 1, zero 'same' padding.
+
+    Returns:
+        (B, C_out, *spatial). The dtype is that of the weights, which autocast lowers. For backward nothing but the
+        arguments is saved.
+    """
+    if (dtype := autocast_dtype(x)) is not None:
+        depthwise_weight = None if depthwise_weight is None else lowered(depthwise_weight, dtype)
+        dense_weight = None if dense_weight is None else lowered(dense_weight, dtype)
+    return _NormalisedConv.apply(x, scale, shift, depthwise_weight, dense_weight, relu)
+
+
+class _NormalisedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        depthwise_weight: Tensor | None,
+        dense_weight: Tensor | None,
+        relu: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, shift, depthwise_weight, dense_weight)
+        ctx.relu = relu
+        if depthwise_weight is None:
+            assert dense_weight is not None
+            return _dense(_normalised(x, scale, shift, relu, dense_weight.dtype), dense_weight)
+        out = _depthwise(x, scale, shift, relu, depthwise_weight)
+        return out if dense_weight is None else _dense(out, dense_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, depthwise_weight, dense_weight = ctx.saved_tensors
+        relu = ctx.relu
+        need_depthwise, need_dense = ctx.needs_input_grad[3:5]
+        need_x = any(ctx.needs_input_grad[:3])
+        grad_y: Tensor | None
+        grad_depthwise = grad_dense = None
+        if depthwise_weight is None:
+            y = _normalised(x, scale, shift, relu, dense_weight.dtype)
+            grad_y, grad_dense = _dense_backward(grad, y, dense_weight, need_x, need_dense)
+            del y
+        else:
+            if dense_weight is not None:
+                between = _depthwise(x, scale, shift, relu, depthwise_weight)
+                grad_between, grad_dense = _dense_backward(grad, between, dense_weight, True, need_dense)
+                del between
+                assert grad_between is not None
+                grad = grad_between
+            grad_y, grad_depthwise = _depthwise_backward(
+                grad, x, scale, shift, relu, depthwise_weight, need_x, need_depthwise
+            )
+        if grad_y is None:
+            return None, None, None, grad_depthwise, grad_dense, None
+        gradients = _scale_shift_backward(grad_y.to(x.dtype), x, scale, shift, relu, _BACKEND)
+        return (*gradients, grad_depthwise, grad_dense, None)
+
+
+def _normalised(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, dtype: torch.dtype) -> Tensor:
+    return _scale_shift(x, scale, shift, relu, _BACKEND).to(dtype)
+
+
+def _dense(x: Tensor, weight: Tensor) -> Tensor:
+    convolution = F.conv2d if x.ndim == 4 else F.conv3d
+    return convolution(x, weight, padding=tuple(k // 2 for k in weight.shape[2:]))
+
+
+def _dense_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight, those of the two that are needed."""
+    axes = x.ndim - 2
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        bias_sizes=None,
+        stride=[1] * axes,
+        padding=[k // 2 for k in weight.shape[2:]],
+        dilation=[1] * axes,
+        transposed=False,
+        output_padding=[0] * axes,
+        groups=1,
+        output_mask=[need_x, need_weight, False],
+    )
+    return grad_x, grad_weight
+
+
+def _depthwise(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
+    return _depthwise_conv(_normalised(x, scale, shift, relu, weight.dtype), weight, None, _BACKEND)
+
+
+def _depthwise_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    relu: bool,
+    weight: Tensor,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of [ReLU of] x * scale + shift and of weight, those of the two that are needed."""
+    grad_y = grad_weight = None
+    if need_weight:
+        y = _normalised(x, scale, shift, relu, weight.dtype)
+        grad_weight = _depthwise_conv_backward_weight(grad, y, weight, _BACKEND)
+    if need_x:
+        grad_y = _depthwise_conv(grad, weight.flip(tuple(range(2, x.ndim))), None, _BACKEND)
+    return grad_y, grad_weight
