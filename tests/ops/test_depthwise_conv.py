@@ -244,6 +244,11 @@ def test_opcheck(case: Case, layout: Layout, impl: str, device: torch.device) ->
     torch.library.opcheck(ops.depthwise_conv.default, (x, weight, bias, impl))
     torch.library.opcheck(ops.depthwise_conv.default, (x, weight, None, impl))
     torch.library.opcheck(ops.depthwise_conv_backward_weight.default, (grad, x, weight, impl))
+    scale, shift = torch.randn(2, 4, device=device), torch.randn(2, 4, device=device)
+    torch.library.opcheck(ops.scaled_depthwise_conv.default, (x, scale, shift, True, weight, impl))
+    torch.library.opcheck(
+        ops.scaled_depthwise_conv_backward_weight.default, (grad, x, scale, shift, True, weight, impl)
+    )
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -291,3 +296,37 @@ def test_mixed_dtypes_and_devices_are_named() -> None:
         depthwise_conv(x, weight, bias.to("meta"))
     with pytest.raises(ValueError, match=r"^x must be float32, float16, bfloat16 or float64, not torch.int32"):
         depthwise_conv(x.int(), weight.int())
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [((2, 19, 4, 9, 11), (3, 3, 3)), ((2, 7, 12, 9), (3, 5))], ids=str)
+def test_a_scale_shift_and_relu_in_front_match_float64(
+    case: Case,
+    dtype: torch.dtype,
+    layout: Layout,
+    relu: bool,
+    impl: str,
+    device: torch.device,
+    assert_accurate: Callable[..., None],
+) -> None:
+    x, weight, _ = (t.detach() for t in make_inputs(case, layout, dtype, device))
+    shape = x.shape[:2]
+    scale, shift = (torch.randn(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)) for _ in "ab")
+    grad = layout(torch.randn_like(x, memory_format=torch.contiguous_format))
+    ops = torch.ops.utnetv2_fast
+
+    def results(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        over = (slice(None), slice(None), *[None] * (x.ndim - 2))
+        y = x.to(dtype) * scale.to(dtype)[over] + shift.to(dtype)[over]
+        kernel = weight.to(dtype).requires_grad_()
+        result = formula(y.relu() if relu else y, kernel, None)
+        return result.detach(), torch.autograd.grad(result, kernel, grad.to(dtype))[0]
+
+    ours = (
+        ops.scaled_depthwise_conv(x, scale, shift, relu, weight, impl),
+        ops.scaled_depthwise_conv_backward_weight(grad, x, scale, shift, relu, weight, impl),
+    )
+    for result, eager, exact in zip(ours, results(dtype), results(torch.float64), strict=True):
+        assert_accurate(result, eager, exact, factor=3.0)

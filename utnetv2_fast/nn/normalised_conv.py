@@ -27,6 +27,8 @@ _scale_shift = torch.ops.utnetv2_fast.scale_shift.default
 _scale_shift_backward = torch.ops.utnetv2_fast.scale_shift_backward.default
 _depthwise_conv = torch.ops.utnetv2_fast.depthwise_conv.default
 _depthwise_conv_backward_weight = torch.ops.utnetv2_fast.depthwise_conv_backward_weight.default
+_scaled_depthwise_conv = torch.ops.utnetv2_fast.scaled_depthwise_conv.default
+_scaled_depthwise_conv_backward_weight = torch.ops.utnetv2_fast.scaled_depthwise_conv_backward_weight.default
 
 
 def fuses(norm: nn.Module, x: Tensor, impl: Impl) -> bool:
@@ -179,6 +181,7 @@ def _dense_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight, those of the two that are needed."""
     axes = x.ndim - 2
+    ours = need_weight and choose("conv_backward_weight", "auto", (grad, x, weight)) == _BACKEND
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad,
         x,
@@ -190,12 +193,16 @@ def _dense_backward(
         transposed=False,
         output_padding=[0] * axes,
         groups=1,
-        output_mask=[need_x, need_weight, False],
+        output_mask=[need_x, need_weight and not ours, False],
     )
+    if ours:
+        grad_weight = ops.conv_backward_weight(grad, x, weight, impl=_BACKEND)
     return grad_x, grad_weight
 
 
 def _depthwise(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
+    if x.dtype == weight.dtype:
+        return _scaled_depthwise_conv(x, scale, shift, relu, weight, _BACKEND)
     return _depthwise_conv(_normalised(x, scale, shift, relu, weight.dtype), weight, None, _BACKEND)
 
 
@@ -212,8 +219,11 @@ def _depthwise_backward(
     """Gradients of [ReLU of] x * scale + shift and of weight, those of the two that are needed."""
     grad_y = grad_weight = None
     if need_weight:
-        y = _normalised(x, scale, shift, relu, weight.dtype)
-        grad_weight = _depthwise_conv_backward_weight(grad, y, weight, _BACKEND)
+        if x.dtype == weight.dtype:
+            grad_weight = _scaled_depthwise_conv_backward_weight(grad, x, scale, shift, relu, weight, _BACKEND)
+        else:
+            y = _normalised(x, scale, shift, relu, weight.dtype)
+            grad_weight = _depthwise_conv_backward_weight(grad, y, weight, _BACKEND)
     if need_x:
         grad_y = _depthwise_conv(grad, weight.flip(tuple(range(2, x.ndim))), None, _BACKEND)
     return grad_y, grad_weight

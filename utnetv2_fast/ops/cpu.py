@@ -103,6 +103,23 @@ def depthwise_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) 
     return grad_weight
 
 
+def scaled_depthwise_conv(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    _extension().depthwise_conv(
+        _described(x), _described(weight), None, _described(scale), _described(shift), relu, _described(out)
+    )
+    return out
+
+
+def scaled_depthwise_conv_backward_weight(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor
+) -> Tensor:
+    grad_weight = torch.empty_like(weight)
+    inputs = map(_described, (grad_out, x, scale, shift))
+    _extension().depthwise_conv_backward_weight(*inputs, relu, _described(grad_weight))
+    return grad_weight
+
+
 def conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     grad_weight = torch.empty_like(weight)
     _extension().conv_backward_weight(_described(grad_out), _described(x), _described(grad_weight))

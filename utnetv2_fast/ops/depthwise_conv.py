@@ -89,6 +89,44 @@ def _backward_weight_fake(grad_out: Tensor, x: Tensor, weight: Tensor, impl: str
     return torch.empty_like(weight)
 
 
+# The same of y = [ReLU of] x * scale + shift, scale and shift (B, C) as of `scale_shift`, for modules that normalise in
+# front of the convolution and differentiate the two together.
+torch.library.define(
+    "utnetv2_fast::scaled_depthwise_conv",
+    "(Tensor x, Tensor scale, Tensor shift, bool relu, Tensor weight, str impl) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "utnetv2_fast::scaled_depthwise_conv_backward_weight",
+    "(Tensor grad_out, Tensor x, Tensor scale, Tensor shift, bool relu, Tensor weight, str impl) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("utnetv2_fast::scaled_depthwise_conv", "default")
+def _scaled_forward(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str) -> Tensor:
+    return implementation(impl).scaled_depthwise_conv(x, scale, shift, relu, weight)
+
+
+@torch.library.register_fake("utnetv2_fast::scaled_depthwise_conv")
+def _scaled_forward_fake(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.impl("utnetv2_fast::scaled_depthwise_conv_backward_weight", "default")
+def _scaled_backward_weight(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str
+) -> Tensor:
+    return implementation(impl).scaled_depthwise_conv_backward_weight(grad_out, x, scale, shift, relu, weight)
+
+
+@torch.library.register_fake("utnetv2_fast::scaled_depthwise_conv_backward_weight")
+def _scaled_backward_weight_fake(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
 _forward_op = torch.ops.utnetv2_fast.depthwise_conv.default
 _backward_weight_op = torch.ops.utnetv2_fast.depthwise_conv_backward_weight.default
 

@@ -64,3 +64,21 @@ def _conv_backward_weight(
     grad_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0] * math.prod(weight_shape[2:])
+
+
+@register_flop_formula(_ops.scaled_depthwise_conv)
+def _scaled_depthwise_conv(
+    x_shape: Sequence[int],
+    scale_shape: Sequence[int],
+    shift_shape: Sequence[int],
+    relu: bool,
+    weight_shape: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
+
+
+@register_flop_formula(_ops.scaled_depthwise_conv_backward_weight)
+def _scaled_depthwise_conv_backward_weight(grad_shape: Sequence[int], *rest: Any, **__: Any) -> int:
+    return _scaled_depthwise_conv(*rest)

@@ -219,6 +219,16 @@ def scale_shift_backward(
     return grad_x, _laid_out_like((grad_y * x_).sum(axes), scale), _laid_out_like(grad_y.sum(axes), shift)
 
 
+def scaled_depthwise_conv(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
+    return depthwise_conv(scale_shift(x, scale, shift, relu), weight, None)
+
+
+def scaled_depthwise_conv_backward_weight(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor
+) -> Tensor:
+    return depthwise_conv_backward_weight(grad_out, scale_shift(x, scale, shift, relu), weight)
+
+
 def _spatial_axes(x: Tensor) -> tuple[int, ...]:
     return tuple(range(2, x.ndim))
 
