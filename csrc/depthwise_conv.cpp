@@ -26,9 +26,12 @@ namespace utnetv2 {
 namespace UTNETV2_ISA {
 namespace {
 
-constexpr int64_t PLANES_BYTES = 384 << 10;  // of a piece's planes: half a second cache of today's smaller ones
+constexpr int64_t PLANES_BYTES = 384 << 10;  // of the planes of a piece: most of a second cache of today's smaller ones
 constexpr int64_t PIECES = 32;               // at least, where the shape allows: enough for many threads
-constexpr int64_t LINE = 256; // bytes of a cache line
+constexpr int64_t LINE = 64;                 // bytes of a cache line
+// Bytes of one position's channels that a piece takes: positions lie a power of two apart, and single lines of them would
+// fall on few sets of the caches and touch a page for little.
+constexpr int64_t CHANNEL_BYTES = 256;
 constexpr int64_t UNROLL = 8;                // vectors of accumulators: products take four cycles, two start in each
 
 struct Geometry {
@@ -36,7 +39,7 @@ struct Geometry {
     int64_t taps_d, taps_h, taps_w;
     bool channels_last;  // channels vary fastest
     int64_t lanes;       // channels side by side in a vector: all lanes, or 1
-    int64_t groups;      // vectors of channels in a piece: a cache line of them
+    int64_t groups;      // vectors of channels in a piece
     int64_t pitch;       // positions from row to row of a plane
     int64_t band, slab;  // rows and planes of a piece's output
     int64_t bands, slabs, channel_pieces;
@@ -64,7 +67,7 @@ Geometry make_geometry(const Tensor& x, const Tensor& weight) {
     g.taps_h = weight.sizes[x.dimensions - 2], g.taps_w = weight.sizes[x.dimensions - 1];
     g.channels_last = x.strides[1] == 1 && x.strides[x.dimensions - 1] != 1 && g.channels > 1;
     g.lanes = g.channels_last ? LANES<A> : 1;
-    g.groups = g.channels_last ? smaller(LINE / int64_t(sizeof(T)) / g.lanes, divide_up(g.channels, g.lanes)) : 1;
+    g.groups = g.channels_last ? smaller(CHANNEL_BYTES / int64_t(sizeof(T)) / g.lanes, divide_up(g.channels, g.lanes)) : 1;
     g.pitch = g.width + g.taps_w - 1;
     g.channel_pieces = divide_up(g.channels, g.channels_of_piece());
 
