@@ -58,7 +58,7 @@ def exact_results(shape: Shape, mode: str, dtype: torch.dtype) -> tuple[tuple[Te
 @pytest.mark.parametrize(
     ("name", "shape"),
     [(name, shape) for name, shapes in SHAPES.items() for shape in shapes],
-    ids=lambda value: str(value),
+    ids=lambda value: value if isinstance(value, str) else "b{}-h{}-n{}-l{}-d{}".format(*value),
 )
 def bench_bidirectional_attention(
     name: str,

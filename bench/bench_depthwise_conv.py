@@ -26,6 +26,11 @@ SHAPES: list[tuple[Shape, Shape]] = [
 CHECKED_CHANNELS = 16  # channels do not depend on each other, and torch's float64 is slow
 
 
+def by(sizes: Shape) -> str:
+    """1x512x16x48x48: a name that `-k` can choose."""
+    return "x".join(map(str, sizes))
+
+
 def formula(x: Tensor, weight: Tensor) -> Tensor:
     convolution = F.conv2d if x.ndim == 4 else F.conv3d
     return convolution(x, weight, padding=[k // 2 for k in weight.shape[2:]], groups=x.shape[1])
@@ -37,7 +42,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
-@pytest.mark.parametrize(("shape", "kernel"), SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "kernel"), SHAPES, ids=by)
 def bench_depthwise_conv(
     shape: Shape,
     kernel: Shape,
@@ -76,7 +81,7 @@ def bench_depthwise_conv(
     exact = torch.autograd.grad(formula(*leaves), leaves, grad_) if backward else (formula(*leaves),)
     compare(
         "depthwise_conv",
-        (f"{shape} {kernel} {str(dtype).removeprefix('torch.')}", layout, mode),
+        (f"{by(shape)} {by(kernel)} {str(dtype).removeprefix('torch.')}", layout, mode),
         explain(depthwise_conv, x, weight).backend,
         results(depthwise_conv, layout),
         {

@@ -110,16 +110,19 @@ def compare(
         bytes_moved: float,
         compared: Callable[[Tensor], Tensor] = lambda result: result,
     ) -> None:
-        candidates = [(name, run) for name, peer in peers.items() if not isinstance(peer, str) for run in peer]
-        for name, run in [("ours", ours), *candidates]:
-            check(name, run, exact, compared)
-        once = sum(seconds(run, device) for run in [ours, *(run for _, run in candidates)])
+        runs = {name: [] if isinstance(peer, str) else list(peer) for name, peer in peers.items()}
+        distinct = list(dict.fromkeys(run for several in runs.values() for run in several))
+        check("ours", ours, exact, compared)
+        for name, several in runs.items():
+            for run in several:
+                check(name, run, exact, compared)
+        once = sum(seconds(run, device) for run in [ours, *distinct])
         rounds = min(max(math.ceil(SECONDS_PER_ROW / once), 5), 50)
-        best: dict[str, float] = {}
+        best = dict.fromkeys(distinct, math.inf)
 
         def time_peers() -> None:
-            for name, run in candidates:
-                best[name] = min(best.get(name, math.inf), seconds(run, device))
+            for run in distinct:
+                best[run] = min(best[run], seconds(run, device))
 
         def run_ours() -> None:
             ours()
@@ -127,7 +130,9 @@ def compare(
                 torch.cuda.synchronize(device)
 
         benchmark.pedantic(run_ours, setup=time_peers, rounds=rounds)  # between any two rounds the peers have theirs
-        results = {name: best[name] if name in best else str(peer) for name, peer in peers.items()}
+        results = {
+            name: min(best[run] for run in runs[name]) if runs[name] else str(peer) for name, peer in peers.items()
+        }
         benchmark.extra_info.update(flops=flops, bytes=bytes_moved, backend=backend, peers=results, **machine())
         took = benchmark.stats.stats.min
         ROWS.append(Row(operator, case, backend, took, flops, bytes_moved, roof(dtype), results))

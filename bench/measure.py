@@ -114,9 +114,9 @@ def measure_roof(dtype: torch.dtype, device: torch.device) -> Roof:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, aligned: the first columns that hold words to the left, numbers to the right."""
+    """A Markdown table, aligned: words to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    words = [any(row[i][:1].isalpha() or row[i][:1] == "(" for row in rows) for i in range(len(header))]
+    words = [any(any(map(str.isalpha, row[i])) for row in rows) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         padded = (c.ljust(w) if left else c.rjust(w) for c, w, left in zip(cells, widths, words, strict=True))
