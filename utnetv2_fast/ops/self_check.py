@@ -28,7 +28,13 @@ EXAMPLES: dict[Operator, tuple[tuple[int, ...], ...]] = {
 def example(operator: Operator, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """The same random arguments for `operator` at every call, on any device."""
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in EXAMPLES[operator])
+    return tuple(
+        # Parameters of channels, (B, C), are float32 beside narrower maps.
+        torch.randn(shape, generator=generator).to(
+            device, dtype if len(shape) > 2 else torch.promote_types(dtype, torch.float32)
+        )
+        for shape in EXAMPLES[operator]
+    )
 
 
 def relative_error(operator: Operator, device: torch.device, dtype: torch.dtype) -> float:
