@@ -15,7 +15,7 @@ bool keep_freed_memory() {
     // INT_MAX is the largest value that mallopt takes, and more than any one tensor of this package.
     constexpr int growth = 64 << 20;
     const bool mapped = mallopt(M_MMAP_THRESHOLD, INT_MAX) == 1;
-    const bool trimmed = mallopt(M_TRIM_THRESHOLD, INT_MAX) == 1;
+    const bool trimmed = mallopt(M_TRIM_THRESHOLD, -1) == 1;
     const bool padded = mallopt(M_TOP_PAD, growth) == 1;
     return mapped && trimmed && padded;
 #else

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from utnetv2_fast import ops
 from utnetv2_fast.ops.arguments import autocast_dtype, lowered
+from utnetv2_fast.ops.dense_conv import dense_conv, dense_conv_backward
 from utnetv2_fast.ops.dispatch import Impl, choose
 
 Moments = tuple[Tensor, Tensor]  # mean and biased variance, (B, C) each
@@ -134,9 +134,9 @@ class _NormalisedConv(torch.autograd.Function):
         ctx.relu = relu
         if depthwise_weight is None:
             assert dense_weight is not None
-            return _dense(_normalised(x, scale, shift, relu, dense_weight.dtype), dense_weight)
+            return dense_conv(_normalised(x, scale, shift, relu, dense_weight.dtype), dense_weight)
         out = _depthwise(x, scale, shift, relu, depthwise_weight)
-        return out if dense_weight is None else _dense(out, dense_weight)
+        return out if dense_weight is None else dense_conv(out, dense_weight)
 
     @staticmethod
     @once_differentiable
@@ -149,12 +149,14 @@ class _NormalisedConv(torch.autograd.Function):
         grad_depthwise = grad_dense = None
         if depthwise_weight is None:
             y = _normalised(x, scale, shift, relu, dense_weight.dtype)
-            grad_y, grad_dense = _dense_backward(grad, y, dense_weight, need_x, need_dense)
+            grad_y, grad_dense = dense_conv_backward(grad, y, dense_weight, need_x=need_x, need_weight=need_dense)
             del y
         else:
             if dense_weight is not None:
                 between = _depthwise(x, scale, shift, relu, depthwise_weight)
-                grad_between, grad_dense = _dense_backward(grad, between, dense_weight, True, need_dense)
+                grad_between, grad_dense = dense_conv_backward(
+                    grad, between, dense_weight, need_x=True, need_weight=need_dense
+                )
                 del between
                 assert grad_between is not None
                 grad = grad_between
@@ -169,35 +171,6 @@ class _NormalisedConv(torch.autograd.Function):
 
 def _normalised(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, dtype: torch.dtype) -> Tensor:
     return _scale_shift(x, scale, shift, relu, _BACKEND).to(dtype)
-
-
-def _dense(x: Tensor, weight: Tensor) -> Tensor:
-    convolution = F.conv2d if x.ndim == 4 else F.conv3d
-    return convolution(x, weight, padding=tuple(k // 2 for k in weight.shape[2:]))
-
-
-def _dense_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and weight, those of the two that are needed."""
-    axes = x.ndim - 2
-    ours = need_weight and choose("conv_backward_weight", "auto", (grad, x, weight)) == _BACKEND
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        bias_sizes=None,
-        stride=[1] * axes,
-        padding=[k // 2 for k in weight.shape[2:]],
-        dilation=[1] * axes,
-        transposed=False,
-        output_padding=[0] * axes,
-        groups=1,
-        output_mask=[need_x, need_weight and not ours, False],
-    )
-    if ours:
-        grad_weight = ops.conv_backward_weight(grad, x, weight, impl=_BACKEND)
-    return grad_x, grad_weight
 
 
 def _depthwise(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:

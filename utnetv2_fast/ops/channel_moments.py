@@ -90,7 +90,8 @@ class _ChannelMoments(torch.autograd.Function):
         ctx.save_for_backward(x, mean)
         ctx.impl = impl
         ctx.set_materialize_grads(False)  # `x` may have no other use, and a zero gradient of its size costs a pass
-        return x.view_as(x), mean, variance
+        # Not view_as, which gives a batch of one sample another stride, by which torch no longer sees channels-last.
+        return torch.ops.aten.alias.default(x), mean, variance
 
     @staticmethod
     @once_differentiable

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, lowered
+from utnetv2_fast.ops.dense_conv import dense_conv, dense_conv_backward
 from utnetv2_fast.ops.depthwise_conv import check_depthwise, depthwise_conv
 from utnetv2_fast.ops.dispatch import Impl, choose
 
@@ -43,11 +44,8 @@ def depthwise_separable_conv(
     if choose("depthwise_separable_conv", impl, (x, depthwise_weight, pointwise_weight)) == "cpu":
         check_depthwise(x, depthwise_weight, None)
         return _DepthwiseSeparableConv.apply(x, depthwise_weight, pointwise_weight)
-    return _pointwise(depthwise_conv(x, depthwise_weight, impl=impl), pointwise_weight)
-
-
-def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight) if x.ndim == 4 else F.conv3d(x, weight)
+    convolution = F.conv2d if x.ndim == 4 else F.conv3d
+    return convolution(depthwise_conv(x, depthwise_weight, impl=impl), pointwise_weight)
 
 
 _depthwise = torch.ops.utnetv2_fast.depthwise_conv.default
@@ -60,26 +58,19 @@ class _DepthwiseSeparableConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, depthwise_weight, pointwise_weight)
-        return _pointwise(_depthwise(x, depthwise_weight, None, "cpu"), pointwise_weight)
+        return dense_conv(_depthwise(x, depthwise_weight, None, "cpu"), pointwise_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, depthwise_weight, pointwise_weight = ctx.saved_tensors
         need_x, need_depthwise, need_pointwise = ctx.needs_input_grad
-        axes = x.ndim - 2
-        grad_between, grad_pointwise, _ = torch.ops.aten.convolution_backward(
+        grad_between, grad_pointwise = dense_conv_backward(
             grad_out,
             _depthwise(x, depthwise_weight, None, "cpu"),
             pointwise_weight,
-            bias_sizes=None,
-            stride=[1] * axes,
-            padding=[0] * axes,
-            dilation=[1] * axes,
-            transposed=False,
-            output_padding=[0] * axes,
-            groups=1,
-            output_mask=[need_x or need_depthwise, need_pointwise, False],
+            need_x=need_x or need_depthwise,
+            need_weight=need_pointwise,
         )
         grad_x = grad_depthwise = None
         if need_x:
