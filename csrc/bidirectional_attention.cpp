@@ -83,7 +83,7 @@ Piece make_piece(const Shape& s, int64_t i) {
 // Rows of a map in whole vectors, times `factor`.
 template <class T, class A>
 void copy_map_in(const Matrices<T>& map, const Piece& p, const Shape& s, A factor, A* to) {
-    copy_in(map.of(p.b, p.h), map.row, map.column, s.l, s.d, to, s.d_pitch);
+    copy_in(map.of(p.b, p.h), map.row, map.column, s.l, s.d, to, s.d_pitch, 0);
     if (factor == A(1)) return;
     for (int64_t i = 0; i < s.l * s.d_pitch; ++i) to[i] *= factor;
 }
@@ -103,7 +103,7 @@ template <class T, class A>
 void compute_scores(const Shape& s, const Matrices<T>& q, const Piece& p, int64_t t, const A* map_q, A* q_tile,
                     A* scores) {
     const int64_t count = smaller(s.tile, p.last - t);
-    copy_in(q.of(p.b, p.h) + t * q.row, q.column, q.row, s.d, count, q_tile, s.tile);
+    copy_in(q.of(p.b, p.h) + t * q.row, q.column, q.row, s.d, count, q_tile, s.tile, s.tile * q.row);
     product<false>(s.l, s.tile / LANES<A>, s.d, Strided<A>{map_q, s.d_pitch, 1}, q_tile, s.tile, scores, s.tile);
     for (int64_t j = 0; j < s.l && count < s.tile; ++j)
         fill(scores + j * s.tile + count, s.tile - count, A(-__builtin_inf()));
@@ -213,7 +213,8 @@ void sum_columns_apart(const Shape& s, const Matrices<T>& q, const Matrices<T>& 
             columns.sum[j] = columns.sum[j] * factor + sum<A>(total);
             multiply(columns.weighted + j * s.d_pitch, s.d_pitch, factor);
         }
-        copy_in(v.of(p.b, p.h) + t * v.row, v.row, v.column, count, s.d, v_tile, s.d_pitch);
+        copy_in(v.of(p.b, p.h) + t * v.row, v.row, v.column, count, s.d, v_tile, s.d_pitch,
+                    s.tile * v.row);
         product<true>(s.l, s.d_pitch / L, count, Strided<A>{scores, s.tile, 1}, v_tile, s.d_pitch, columns.weighted,
                       s.d_pitch);
     }
@@ -265,7 +266,8 @@ void attend(const Shape& s, const Matrices<T>& q, const Matrices<T>& v, const Ma
             if (COLUMNS || shared)
                 exponentiate<COLUMNS>(s, scores, reference, exponentials, row_sum, column_sums);
             if (COLUMNS) {
-                copy_in(v.of(p.b, p.h) + t * v.row, v.row, v.column, count, s.d, v_tile, s.d_pitch);
+                copy_in(v.of(p.b, p.h) + t * v.row, v.row, v.column, count, s.d, v_tile, s.d_pitch,
+                    s.tile * v.row);
                 product<true>(s.l, s.d_pitch / L, count, Strided<A>{exponentials, s.tile, 1}, v_tile, s.d_pitch,
                               columns.weighted, s.d_pitch);
             }
@@ -392,11 +394,11 @@ void differentiate(const Shape& s, const Matrices<T>& grad_out, const Matrices<T
                 exponentiate_rows(s, scores, row_max, rows, row_sum);
 
             const T* grad = grad_out.of(p.b, p.h) + t * grad_out.row;
-            copy_in(grad, grad_out.column, grad_out.row, s.d, count, grad_tile, s.tile);
+            copy_in(grad, grad_out.column, grad_out.row, s.d, count, grad_tile, s.tile, s.tile * grad_out.row);
             product<false>(s.l, s.tile / L, s.d, Strided<A>{v_map, s.d_pitch, 1}, grad_tile, s.tile, grad_rows, s.tile);
             if (COLUMNS) {
                 copy_in(column.v.of(p.b, p.h) + t * column.v.row, column.v.column, column.v.row, s.d, count, v_tile,
-                        s.tile);
+                        s.tile, s.tile * column.v.row);
                 product<false>(s.l, s.tile / L, s.d, Strided<A>{grad_map, s.d_pitch, 1}, v_tile, s.tile, grad_columns,
                                s.tile);
                 for (int64_t j = 0; j < s.l_pitch && shared; j += L)
@@ -431,10 +433,10 @@ void differentiate(const Shape& s, const Matrices<T>& grad_out, const Matrices<T
                 write_tokens(s, grad_columns, grad_map, static_cast<const A*>(nullptr), count, result_tile,
                              column.grad_v.of(p.b, p.h) + t * column.grad_v.row, column.grad_v.row,
                              column.grad_v.column);
-            copy_in(q.of(p.b, p.h) + t * q.row, q.row, q.column, count, s.d, q_tile, s.d_pitch);
+            copy_in(q.of(p.b, p.h) + t * q.row, q.row, q.column, count, s.d, q_tile, s.d_pitch, 0);
             product<true>(s.l, s.d_pitch / L, count, Strided<A>{grad_rows, s.tile, 1}, q_tile, s.d_pitch, grad_q_map,
                           s.d_pitch);
-            copy_in(grad, grad_out.row, grad_out.column, count, s.d, grad_tile, s.d_pitch);
+            copy_in(grad, grad_out.row, grad_out.column, count, s.d, grad_tile, s.d_pitch, 0);
             product<true>(s.l, s.d_pitch / L, count, Strided<A>{rows, s.tile, 1}, grad_tile, s.d_pitch, grad_v_map,
                           s.d_pitch);
         }

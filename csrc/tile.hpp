@@ -9,13 +9,16 @@
 namespace utnetv2 {
 namespace {
 
-// tile[r][c] = from[r * row + c * column] for r < rows and c < columns; zeros up to `pitch`, a multiple of LANES.
+// tile[r][c] = from[r * row + c * column] for r < rows and c < columns; zeros up to `pitch`, a multiple of LANES. What lies
+// `ahead` elements further on is fetched, so that it is there when its turn comes: memory lies too scattered here for the
+// processor to foresee.
 template <class T, class A>
-inline void copy_in(const T* from, int64_t row, int64_t column, int64_t rows, int64_t columns, A* tile, int64_t pitch) {
-    constexpr int64_t L = LANES<A>;
+inline void copy_in(const T* from, int64_t row, int64_t column, int64_t rows, int64_t columns, A* tile, int64_t pitch,
+                    int64_t ahead) {
+    constexpr int64_t L = LANES<A>, line = 64 / int64_t(sizeof(T));
     if (column == 1) {
         for (int64_t r = 0; r < rows; ++r, from += row, tile += pitch) {
-            for (int64_t c = 0; c < columns; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + columns + c);
+            for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(from + ahead + c);
             int64_t c = 0;
             for (; c + L <= columns; c += L) store(tile + c, load(from + c));
             if (c < columns) store(tile + c, load_part(from + c, columns - c)), c += L;
@@ -26,7 +29,7 @@ inline void copy_in(const T* from, int64_t row, int64_t column, int64_t rows, in
     int64_t r0 = 0;
     if (row == 1) {
         for (int64_t c = 0; c < columns; ++c)
-            for (int64_t r = 0; r < rows; r += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + c * column + rows + r);
+            for (int64_t r = 0; r < rows; r += line) __builtin_prefetch(from + c * column + ahead + r);
         for (; r0 + L <= rows; r0 += L) {
             A* to = tile + r0 * pitch;
             for (int64_t c0 = 0; c0 < pitch; c0 += L) {
