@@ -11,6 +11,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.measure import machine, seconds, shortest, table
+from bench.measure import machine, seconds, table
 from utnetv2_fast import ops
 from utnetv2_fast.memory import keep_freed_memory
 from utnetv2_fast.models import PRESETS, UTNetV2
@@ -34,10 +35,11 @@ CLASSES = {"bcv-3d": 14, "lits-3d": 3}  # 4 for the others
 BATCHES = {"acdc-2d": 2, "cardiac-2d": 2, "tiny-2d": 8, "tiny-3d": 2}  # 1 for the others
 VARIANTS = ("auto", "reference", "authors")
 MODES = ("forward", "training step")
-SECONDS_PER_ROW = 30.0
+TURNS = 2
+SECONDS_PER_TURN = 5.0
 
 # How far results may be from those of the reference in float32, as a share of their norm. Where an input of a ReLU
-# changes sign its gradient jumps (tests/models/test_golden.py); and see `check`.
+# changes sign its gradient jumps (tests/models/test_golden.py); and see `errors_of`.
 TOLERANCES = {"logits": 1e-4, "gradients": 1e-2}
 
 
@@ -148,15 +150,15 @@ class Row:
     errors: dict[str, dict[str, float]]  # of logits and gradients, beside the reference in float32
 
 
-def check(works: dict[str, Work], exact: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+def errors_of(variants: dict[str, dict[str, Tensor]], exact: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """Errors of every variant's results; AssertionError where they are not those of the reference.
 
     In bfloat16 the fused operators may be as far from float32 as twice plain PyTorch in bfloat16 is.
     """
-    errors: dict[str, dict[str, float]] = {}
-    for variant, work in works.items():
-        results = work.results()
-        errors[variant] = {key: ((results[key] - e).norm() / e.norm()).item() for key, e in exact.items()}
+    errors = {
+        variant: {key: ((results[key] - e).norm() / e.norm()).item() for key, e in exact.items()}
+        for variant, results in variants.items()
+    }
     for variant, found in errors.items():
         for key, error in found.items():
             allowed = TOLERANCES[key] + 2 * errors["reference"][key]
@@ -164,37 +166,51 @@ def check(works: dict[str, Work], exact: dict[str, Tensor]) -> dict[str, dict[st
     return errors
 
 
-def measure(preset: str, dtype: torch.dtype, say: Callable[[str], None]) -> list[Row]:
-    name = str(dtype).removeprefix("torch.")
-    say(f"{preset} {name}: comparing results")
-    exact = Work(preset, torch.float32, "reference").results()
-    works = {variant: Work(preset, dtype, variant) for variant in VARIANTS}
-    errors = check(works, exact)
-    saved = {variant: work.saved_bytes() for variant, work in works.items()}
+def measure(preset: str, dtype: str, say: Callable[[str], None]) -> list[Row]:
+    """Every variant in processes of its own, which take turns: the memory that one keeps is not in another's way."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def results(dtype: str, variant: str) -> tuple[dict[str, Tensor], int]:
+            say(f"{preset} {dtype}: results of {variant}")
+            file = str(Path(folder) / "results.pt")
+            saved_bytes = _in_a_process("save_results", preset, dtype, variant, file)
+            return torch.load(file, weights_only=True), saved_bytes
+
+        found = {variant: results(dtype, variant) for variant in VARIANTS}
+        exact = found["reference"][0] if dtype == "float32" else results("float32", "reference")[0]
+    errors = errors_of({variant: result for variant, (result, _) in found.items()}, exact)
+    saved = {variant: saved_bytes for variant, (_, saved_bytes) in found.items()}
+    del found, exact
     rows = []
     for mode in MODES:
-        runs = {variant: work.run(mode) for variant, work in works.items()}
-        once = sum(seconds(run, CPU) for run in runs.values())
-        rounds = min(max(math.ceil(SECONDS_PER_ROW / once), 3), 30)
-        say(f"{preset} {name}, {mode}: {rounds} rounds of {once:.1f} s")
-        times = shortest(runs, rounds, CPU)
-        rows.append(Row(preset, name, mode, times, {}, saved if mode != "forward" else {}, errors))
-    del works, exact
-    for row in rows:
-        for variant in VARIANTS:
-            say(f"{preset} {name}, {row.mode}: memory of {variant}")
-            row.peak_bytes[variant] = _peak_in_a_process(preset, name, variant, row.mode)
+        row = Row(preset, dtype, mode, {}, {}, saved if mode != "forward" else {}, errors)
+        for turn in range(TURNS):
+            for variant in VARIANTS:
+                say(f"{preset} {dtype}, {mode}, turn {turn + 1} of {TURNS}: {variant}")
+                took, peak_bytes = _in_a_process("time_and_peak", preset, dtype, variant, mode)
+                row.seconds[variant] = min(took, row.seconds.get(variant, math.inf))
+                row.peak_bytes[variant] = max(peak_bytes, row.peak_bytes.get(variant, 0))
+        rows.append(row)
     return rows
 
 
-def peak_bytes(preset: str, dtype: str, variant: str, mode: str) -> int:
-    """Growth of this process's largest size by two runs of the work; to be called in a fresh process."""
+def save_results(preset: str, dtype: str, variant: str, file: str) -> int:
+    """Write the results of the work to `file`; the bytes that it saves for backward."""
+    work = Work(preset, getattr(torch, dtype), variant)
+    torch.save(work.results(), file)
+    return work.saved_bytes()
+
+
+def time_and_peak(preset: str, dtype: str, variant: str, mode: str) -> tuple[float, int]:
+    """Shortest time of the work, and the growth of this process's largest size by it; for a fresh process."""
     keep_freed_memory()
     work = Work(preset, getattr(torch, dtype), variant)
     before = _largest_size()
-    for _ in range(2):
-        work.run(mode)()
-    return _largest_size() - before
+    run = work.run(mode)
+    run()
+    took = seconds(run, CPU)
+    more = min(math.ceil(SECONDS_PER_TURN / took), 30)
+    return min([took, *(seconds(run, CPU) for _ in range(more))]), _largest_size() - before
 
 
 def _largest_size() -> int:
@@ -207,10 +223,11 @@ def _largest_size() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _peak_in_a_process(*arguments: str) -> int:
-    code = f"from bench.model import peak_bytes; print(peak_bytes(*{arguments!r}))"
+def _in_a_process(function: str, *arguments: str) -> Any:
+    """What that function of this module returns, called in a fresh process."""
+    code = f"import json; from bench import model; print(json.dumps(model.{function}(*{arguments!r})))"
     result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-    return int(result.stdout)
+    return json.loads(result.stdout)
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
@@ -243,7 +260,8 @@ def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:
         )
     notes = [f"{key}: {value}" for key, value in facts.items()]
     notes.append(
-        "Shortest times, the variants taking turns. reference: plain PyTorch with this package's backward formulas; "
+        "Shortest times, the variants taking turns in processes of their own. reference: plain PyTorch with this "
+        "package's backward formulas; "
         "authors: torch's grouped convolutions and two softmaxes under autograd. Peak: growth of a process that has "
         "built the network. Saved: for backward, parameters excluded. Errors of auto beside the reference in float32, "
         "as a share of the norm."
@@ -288,10 +306,10 @@ def main() -> None:
         print(text, file=sys.stderr, flush=True)
 
     facts = machine() | {"command": shlex.join(["python", "-m", "bench.model", *sys.argv[1:]])}
-    work = [(preset, getattr(torch, dtype)) for preset in arguments.preset for dtype in arguments.dtype]
+    work = [(preset, dtype) for preset in arguments.preset for dtype in arguments.dtype]
     if arguments.profile:
         for preset, dtype in work:
-            write_profiles(preset, dtype, print)
+            write_profiles(preset, getattr(torch, dtype), print)
         return
     rows = [row for preset, dtype in work for row in measure(preset, dtype, say)]
     text = markdown(rows, facts)
