@@ -54,7 +54,7 @@ def skip_refused(request: pytest.FixtureRequest, device: torch.device) -> Callab
     return check
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def impl(request: pytest.FixtureRequest, skip_refused: Callable[[str], str]) -> str:
     """Every backend that runs the module's operator on `device`."""
     return skip_refused(request.param)
@@ -73,11 +73,11 @@ def compiled_for(instructions: str) -> Iterator[None]:
     extension.use_instruction_set(before)
 
 
-@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
+@pytest.fixture(params=["reference", "triton", *INSTRUCTION_SETS])
 def build(request: pytest.FixtureRequest, skip_refused: Callable[[str], str]) -> Iterator[str]:
     """Every backend that runs the module's operator on `device`, and every build of the compiled one."""
-    if request.param == "reference":
-        yield "reference"
+    if request.param not in INSTRUCTION_SETS:
+        yield skip_refused(request.param)
         return
     skip_refused("cpu")
     with compiled_for(request.param):
