@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utnetv2_fast.ops.dispatch import explain
+from utnetv2_fast.ops.dispatch import explain, interprets_triton
 from utnetv2_fast.ops.extension import load_extension
 from utnetv2_fast.ops.self_check import example
 
@@ -41,10 +41,24 @@ def assert_accurate() -> Callable[..., None]:
     return check
 
 
+def skip_what_triton_lacks(impl: str, dtype: torch.dtype) -> None:
+    if impl == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton kernels compute in float32")
+    if impl == "triton" and dtype == torch.bfloat16 and interprets_triton():
+        pytest.skip("Triton's interpreter computes bfloat16 on raw bits")
+
+
+@pytest.fixture(name="skip_what_triton_lacks")
+def _skip_what_triton_lacks() -> Callable[[str, torch.dtype], None]:
+    """For tests of a dtype that is not their parameter `dtype`."""
+    return skip_what_triton_lacks
+
+
 @pytest.fixture
 def skip_refused(request: pytest.FixtureRequest, device: torch.device) -> Callable[[str], str]:
     def check(impl: str) -> str:
         """`impl`, unless that backend cannot run the module's operator on the device."""
+        skip_what_triton_lacks(impl, request.node.callspec.params.get("dtype", torch.float32))
         operator = request.module.OPERATOR
         refusals = explain(operator, *example(operator, device)).refusals
         if impl in refusals:

@@ -155,7 +155,14 @@ def test_any_shape_in_any_layout(
 
 @pytest.mark.parametrize("need_map", [True, False])
 @pytest.mark.parametrize("shape", [(2, 2, 7, 3, 4), (1, 1, 1, 4, 2), (1, 2, 4, 1, 2)], ids=str)
-def test_gradcheck(shape: Shape, need_map: bool, build: str, device: torch.device) -> None:
+def test_gradcheck(
+    shape: Shape,
+    need_map: bool,
+    build: str,
+    device: torch.device,
+    skip_what_triton_lacks: Callable[[str, torch.dtype], None],
+) -> None:
+    skip_what_triton_lacks(build, torch.float64)
     inputs = make_inputs(shape, channels_first, torch.float64, device)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -238,7 +245,10 @@ def test_rows_and_columns_far_below_the_others(
         assert_accurate(r, e, x, factor=3.0)
 
 
-def test_one_tensor_in_several_places(impl: str, device: torch.device) -> None:
+def test_one_tensor_in_several_places(
+    impl: str, device: torch.device, skip_what_triton_lacks: Callable[[str, torch.dtype], None]
+) -> None:
+    skip_what_triton_lacks(impl, torch.float64)
     q, _, map_q, _ = make_inputs((2, 2, 9, 5, 4), channels_last, torch.float64, device)
     assert gradcheck(lambda q, m: bidirectional_attention(q, q, m, m, impl=impl), (q, map_q))
     assert gradcheck(lambda q: bidirectional_attention(q, q, q, q, impl=impl), (q,))
@@ -299,7 +309,10 @@ def test_second_derivatives_are_refused(impl: str, device: torch.device) -> None
 
 
 @pytest.mark.parametrize("need_map", [True, False])
-def test_autocast_lowers_like_scaled_dot_product_attention(need_map: bool, impl: str, device: torch.device) -> None:
+def test_autocast_lowers_like_scaled_dot_product_attention(
+    need_map: bool, impl: str, device: torch.device, skip_what_triton_lacks: Callable[[str, torch.dtype], None]
+) -> None:
+    skip_what_triton_lacks(impl, torch.bfloat16)
     inputs = make_inputs((2, 2, 33, 9, 8), channels_first, device=device)
     lowered = tuple(t.detach().bfloat16().requires_grad_() for t in inputs)
     with torch.autocast(device.type, torch.bfloat16):

@@ -95,7 +95,7 @@ def _triton_is_missing_on(device: str) -> str | None:
         return "the package triton is not installed"
     kind = torch.device(device).type
     if interprets_triton():
-        return None if kind == "cpu" else f"TRITON_INTERPRET is set and the interpreter works on the CPU, not on {device}"
+        return None if kind == "cpu" else f"its interpreter (TRITON_INTERPRET=1) works on the CPU, not on {device}"
     if kind != "cuda":
         return f"it computes on a GPU, and these tensors are on {device}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

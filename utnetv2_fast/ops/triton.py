@@ -1,6 +1,6 @@
-"""The operators as Triton kernels (`kernels/`), with the signatures of `ops.reference`; `dispatch` says when they can run.
+"""The operators as Triton kernels (`kernels/`), with the signatures of `ops.reference`.
 
-Importing this imports Triton.
+`dispatch` says when they can run. Importing this imports Triton.
 """
 
 from utnetv2_fast.kernels.bidirectional_attention import (

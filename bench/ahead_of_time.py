@@ -1,0 +1,274 @@
+"""Compiles the Triton kernels for GPUs that are not here, exactly as their launchers would ask for them.
+
+`python -m bench.ahead_of_time` compares registers, spills and shared memory with the committed ledger
+(bench/results/triton_resources.json) and fails where they differ, where a kernel spills or asks for more shared memory
+than the chip has, or where it computes in float64; `--update` writes the ledger. Needs Triton and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import utnetv2_fast
+
+ROOT = Path(__file__).parents[1]
+utnetv2_fast.__path__.append(str(ROOT))  # kernels/ of a checkout that is not installed
+
+from utnetv2_fast.ops import triton as kernels  # noqa: E402
+
+LEDGER = ROOT / "bench" / "results" / "triton_resources.json"
+KIB = 1024
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU to compile for; the shared memory that one program may have, and its multiprocessors."""
+
+    name: str
+    target: GPUTarget
+    shared_bytes: int
+    multiprocessors: int
+
+
+CHIPS = (
+    Chip("sm_80", GPUTarget("cuda", 80, 32), 163 * KIB, 108),
+    Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * KIB, 132),
+    Chip("sm_100", GPUTarget("cuda", 100, 32), 227 * KIB, 148),
+    Chip("sm_120", GPUTarget("cuda", 120, 32), 99 * KIB, 170),
+    Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, 304),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of one operator, forward and backward, on tensors without memory. The main ones are tested everywhere."""
+
+    name: str
+    call: Callable[[], object]
+    main: bool
+
+
+class _AbsentGPU:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def recorded_for(chip: Chip) -> Iterator[list[tuple[str, Any]]]:
+    """Launches compile for `chip` instead of running; the list receives (kernel, what Triton compiled)."""
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        self.device_caches.clear()
+        result = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, result))
+        return result
+
+    replaced = {"multiprocessors": lambda device: chip.multiprocessors, "architecture": lambda device: chip.name}
+    modules = [module for name, module in sys.modules.items() if name.startswith("utnetv2_fast.kernels.")]
+    originals = [
+        (module, name, getattr(module, name)) for module in modules for name in replaced if hasattr(module, name)
+    ]
+    driver.set_active(_AbsentGPU(chip.target))
+    JITFunction.run = record
+    for module, name, _ in originals:
+        setattr(module, name, replaced[name])
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        for module, name, original in originals:
+            setattr(module, name, original)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers of a thread, bytes that they spill, and bytes of shared memory and warps of a program."""
+    if "cubin" in compiled.asm:
+        registers, spilled = _of_cubin(compiled.asm["cubin"])
+    else:
+        registers, spilled = _of_amdgcn(compiled.asm["amdgcn"])
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+    }
+
+
+def _of_cubin(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", shown.stdout + shown.stderr)
+    assert match is not None, "cuobjdump says nothing of registers"
+    return int(match[1]), int(match[2])
+
+
+def _of_amdgcn(assembly: str) -> tuple[int, int]:
+    counts = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)}
+    return counts["vgpr_count"], 4 * counts["vgpr_spill_count"]
+
+
+def _laid_out(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """(B, C, *spatial)."""
+    x = torch.empty(*shape, dtype=dtype, device=META)
+    if not channels_last:
+        return x
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+def _attention(shape: tuple[int, int, int, int, int], dtype: torch.dtype, channels_last: bool) -> Callable[[], object]:
+    b, h, n, l, d = shape
+
+    def halves(rows: int) -> tuple[Tensor, ...]:
+        """q and v, or those of the map, as the network has them: halves of one tensor."""
+        if channels_last:
+            return tuple(
+                t.unflatten(2, (h, d)).transpose(1, 2)
+                for t in torch.empty(b, rows, 2 * h * d, dtype=dtype, device=META).chunk(2, 2)
+            )
+        return tuple(
+            t.unflatten(1, (h, d)).mT for t in torch.empty(b, 2 * h * d, rows, dtype=dtype, device=META).chunk(2, 1)
+        )
+
+    def call() -> None:
+        (q, v), (map_q, map_v) = halves(n), halves(l)
+        out, map_out, lse = kernels.bidirectional_attention(q, v, map_q, map_v, d**-0.5)
+        kernels.bidirectional_attention_backward(out, map_out, q, v, map_q, map_v, map_out, lse, d**-0.5)
+
+    return call
+
+
+# B, H, n, l, d; whether it is a main case.
+ATTENTION = {
+    "acdc-2d level 2": ((32, 4, 4096, 9, 32), True),
+    "acdc-2d level 4": ((32, 16, 256, 9, 32), False),
+    "acdc-3d level 2": ((3, 4, 36864, 27, 32), True),
+    "acdc-3d level 3": ((3, 4, 4608, 27, 64), False),
+    "acdc-3d level 4": ((3, 4, 576, 27, 80), False),
+    "acdc-3d-medformer level 2": ((3, 4, 36864, 72, 32), False),
+    "bcv-3d level 2": ((3, 4, 32768, 64, 32), True),
+    "lits-3d level 2": ((2, 1, 32768, 64, 128), True),
+    "lits-3d level 3": ((2, 1, 4096, 64, 256), False),
+    "lits-3d level 4": ((2, 1, 512, 64, 320), False),
+}
+
+
+def cases() -> list[Case]:
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for channels_last in (True, False):
+            main = dtype == torch.bfloat16 and channels_last
+            how = f"{str(dtype).removeprefix('torch.')}, {'channels-last' if channels_last else 'channels-first'}"
+            for name, (shape, main_shape) in ATTENTION.items():
+                call = _attention(shape, dtype, channels_last)
+                found.append(Case(f"bidirectional_attention, {name}, {how}", call, main and main_shape))
+    return found
+
+
+def compile_for(chip_name: str, main_only: bool) -> dict[str, dict[str, dict[str, int]]]:
+    """case -> kernel -> its resources on the chip.
+
+    Raises:
+        AssertionError: a kernel computes in float64.
+    """
+    chip = next(chip for chip in CHIPS if chip.name == chip_name)
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for case in cases():
+        if main_only and not case.main:
+            continue
+        with recorded_for(chip) as compiled:
+            case.call()
+        assert compiled, f"{case.name}: no kernel was launched"
+        for kernel, result in compiled:
+            assert "f64" not in result.asm.get("ptx", ""), f"{case.name} on {chip.name}: {kernel} computes in float64"
+            found.setdefault(case.name, {})[kernel.strip("_")] = resources(result)
+    return found
+
+
+Ledger = dict[str, dict[str, dict[str, dict[str, int]]]]  # chip -> case -> kernel -> resources
+
+
+def compile_all(chips: Sequence[str], main_only: bool) -> Ledger:
+    """Of every chip, side by side."""
+    with ProcessPoolExecutor(min(len(chips), os.cpu_count() or 1), get_context("spawn")) as pool:
+        return dict(zip(chips, pool.map(compile_for, chips, [main_only] * len(chips)), strict=True))
+
+
+def complaints(found: Ledger, expected: Ledger) -> list[str]:
+    """What is wrong with `found`, and where it differs from the ledger."""
+    said = []
+    for chip in CHIPS:
+        for case, by_kernel in found.get(chip.name, {}).items():
+            for kernel, used in by_kernel.items():
+                where = f"{chip.name}: {kernel} of {case}"
+                if used["spilled"]:
+                    said.append(f"{where} spills {used['spilled']} bytes")
+                if used["shared"] > chip.shared_bytes:
+                    said.append(f"{where} asks for {used['shared']} bytes of shared memory of {chip.shared_bytes}")
+                recorded = expected.get(chip.name, {}).get(case, {}).get(kernel)
+                if recorded != used:
+                    said.append(f"{where}: {used}, and the ledger says {recorded}")
+    return said
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write the ledger instead of comparing with it")
+    parser.add_argument("--main", action="store_true", help="the main cases alone, as the tests do")
+    parser.add_argument("--chip", nargs="+", choices=[chip.name for chip in CHIPS], help="these chips alone")
+    options = parser.parse_args()
+    if options.update and (options.main or options.chip):
+        parser.error("--update compiles everything; leave out --main and --chip")
+    found = compile_all(options.chip or [chip.name for chip in CHIPS], options.main)
+    if options.update:
+        versions = {"triton": triton.__version__}
+        LEDGER.write_text(json.dumps({"versions": versions, "chips": found}, indent=1) + "\n")
+        expected = found
+    else:
+        ledger = json.loads(LEDGER.read_text())
+        expected = ledger["chips"]
+        if ledger["versions"]["triton"] != triton.__version__:
+            print(f"note: the ledger is of Triton {ledger['versions']['triton']}, this is {triton.__version__}")
+    said = complaints(found, expected)
+    print("\n".join(said) or f"{sum(map(len, found.values()))} cases as in the ledger")
+    sys.exit(bool(said))
+
+
+if __name__ == "__main__":
+    main()
