@@ -30,6 +30,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import utnetv2_fast
+from bench.shapes import ATTENTION, BATCHES
 
 ROOT = Path(__file__).parents[1]
 utnetv2_fast.__path__.append(str(ROOT))  # kernels/ of a checkout that is not installed
@@ -174,19 +175,7 @@ def _attention(shape: tuple[int, int, int, int, int], dtype: torch.dtype, channe
     return call
 
 
-# B, H, n, l, d; whether it is a main case.
-ATTENTION = {
-    "acdc-2d level 2": ((32, 4, 4096, 9, 32), True),
-    "acdc-2d level 4": ((32, 16, 256, 9, 32), False),
-    "acdc-3d level 2": ((3, 4, 36864, 27, 32), True),
-    "acdc-3d level 3": ((3, 4, 4608, 27, 64), False),
-    "acdc-3d level 4": ((3, 4, 576, 27, 80), False),
-    "acdc-3d-medformer level 2": ((3, 4, 36864, 72, 32), False),
-    "bcv-3d level 2": ((3, 4, 32768, 64, 32), True),
-    "lits-3d level 2": ((2, 1, 32768, 64, 128), True),
-    "lits-3d level 3": ((2, 1, 4096, 64, 256), False),
-    "lits-3d level 4": ((2, 1, 512, 64, 320), False),
-}
+MAIN = {("acdc-2d", 0), ("acdc-3d", 0), ("bcv-3d", 0), ("lits-3d", 0)}  # network, level
 
 
 def cases() -> list[Case]:
@@ -195,9 +184,11 @@ def cases() -> list[Case]:
         for channels_last in (True, False):
             main = dtype == torch.bfloat16 and channels_last
             how = f"{str(dtype).removeprefix('torch.')}, {'channels-last' if channels_last else 'channels-first'}"
-            for name, (shape, main_shape) in ATTENTION.items():
-                call = _attention(shape, dtype, channels_last)
-                found.append(Case(f"bidirectional_attention, {name}, {how}", call, main and main_shape))
+            for name, levels in ATTENTION.items():
+                for index, level in enumerate(levels):
+                    call = _attention((BATCHES[name], *level), dtype, channels_last)
+                    case = f"bidirectional_attention, {name} n{level.n}, {how}"
+                    found.append(Case(case, call, main and (name, index) in MAIN))
     return found
 
 

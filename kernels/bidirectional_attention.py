@@ -18,8 +18,9 @@ the end a column has vanished beside the others, a second loop computes the colu
 is the largest of the column's logarithms, and C is E times a factor for each column.
 
 Elements moved: forward reads q and v and writes out, 3 n d; backward reads q, v, dout and writes dq, dv, 5 n d.
-Operations: 6 and 14 for each of the n l d; at l = 32 in bfloat16 that is 32 and 45 a byte, which a GPU of 4.3 TB/s meets with a seventh
-and a fifth of its matrix products. More than one exponential a score would cost more than the memory from l = 3.5 d on.
+Operations: 6 and 14 for each of the n l d. At l = 32 in bfloat16 that is 32 and 45 a byte: a seventh and a fifth of the
+matrix products that a GPU of 4.3 TB/s does meanwhile. One exponential a score costs more than the memory from l = 7 d
+on, two from half of that.
 
 Heads wider than BD channels are cut into slices of BD: a program has one slice of out and of the sums over tokens, and
 computes S of all channels again.
