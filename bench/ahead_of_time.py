@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,20 +24,13 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import utnetv2_fast
-from bench.shapes import ATTENTION, BATCHES
+from bench.calls import calls
 
-ROOT = Path(__file__).parents[1]
-utnetv2_fast.__path__.append(str(ROOT))  # kernels/ of a checkout that is not installed
-
-from utnetv2_fast.ops import triton as kernels  # noqa: E402
-
-LEDGER = ROOT / "bench" / "results" / "triton_resources.json"
+LEDGER = Path(__file__).parent / "results" / "triton_resources.json"
 KIB = 1024
 META = torch.device("meta")
 
@@ -59,15 +52,6 @@ CHIPS = (
     Chip("sm_120", GPUTarget("cuda", 120, 32), 99 * KIB, 170),
     Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, 304),
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call of one operator, forward and backward, on tensors without memory. The main ones are tested everywhere."""
-
-    name: str
-    call: Callable[[], object]
-    main: bool
 
 
 class _AbsentGPU:
@@ -145,74 +129,29 @@ def _of_amdgcn(assembly: str) -> tuple[int, int]:
     return counts["vgpr_count"], 4 * counts["vgpr_spill_count"]
 
 
-def _laid_out(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """(B, C, *spatial)."""
-    x = torch.empty(*shape, dtype=dtype, device=META)
-    if not channels_last:
-        return x
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-
-
-def _attention(shape: tuple[int, int, int, int, int], dtype: torch.dtype, channels_last: bool) -> Callable[[], object]:
-    b, h, n, l, d = shape
-
-    def halves(rows: int) -> tuple[Tensor, ...]:
-        """q and v, or those of the map, as the network has them: halves of one tensor."""
-        if channels_last:
-            return tuple(
-                t.unflatten(2, (h, d)).transpose(1, 2)
-                for t in torch.empty(b, rows, 2 * h * d, dtype=dtype, device=META).chunk(2, 2)
-            )
-        return tuple(
-            t.unflatten(1, (h, d)).mT for t in torch.empty(b, 2 * h * d, rows, dtype=dtype, device=META).chunk(2, 1)
-        )
-
-    def call() -> None:
-        (q, v), (map_q, map_v) = halves(n), halves(l)
-        out, map_out, lse = kernels.bidirectional_attention(q, v, map_q, map_v, d**-0.5)
-        kernels.bidirectional_attention_backward(out, map_out, q, v, map_q, map_v, map_out, lse, d**-0.5)
-
-    return call
-
-
-MAIN = {("acdc-2d", 0), ("acdc-3d", 0), ("bcv-3d", 0), ("lits-3d", 0)}  # network, level
-
-
-def cases() -> list[Case]:
-    found = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for channels_last in (True, False):
-            main = dtype == torch.bfloat16 and channels_last
-            how = f"{str(dtype).removeprefix('torch.')}, {'channels-last' if channels_last else 'channels-first'}"
-            for name, levels in ATTENTION.items():
-                for index, level in enumerate(levels):
-                    call = _attention((BATCHES[name], *level), dtype, channels_last)
-                    case = f"bidirectional_attention, {name} n{level.n}, {how}"
-                    found.append(Case(case, call, main and (name, index) in MAIN))
-    return found
-
-
 def compile_for(chip_name: str, main_only: bool) -> dict[str, dict[str, dict[str, int]]]:
-    """case -> kernel -> its resources on the chip.
+    """call -> kernel -> its resources on the chip.
 
     Raises:
         AssertionError: a kernel computes in float64.
     """
     chip = next(chip for chip in CHIPS if chip.name == chip_name)
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for case in cases():
-        if main_only and not case.main:
+    for call in calls(META):
+        if main_only and not call.main:
             continue
         with recorded_for(chip) as compiled:
-            case.call()
-        assert compiled, f"{case.name}: no kernel was launched"
+            call.prepare()()
+        assert compiled, f"{call.name}: no kernel was launched"
         for kernel, result in compiled:
-            assert "f64" not in result.asm.get("ptx", ""), f"{case.name} on {chip.name}: {kernel} computes in float64"
-            found.setdefault(case.name, {})[kernel.strip("_")] = resources(result)
+            assert "f64" not in result.asm.get("ptx", ""), f"{call.name} on {chip.name}: {kernel} computes in float64"
+            of_call = found.setdefault(call.name, {})
+            name = kernel.strip("_")
+            of_call[name if name not in of_call else f"{name}, {len(of_call) + 1}th launch"] = resources(result)
     return found
 
 
-Ledger = dict[str, dict[str, dict[str, dict[str, int]]]]  # chip -> case -> kernel -> resources
+Ledger = dict[str, dict[str, dict[str, dict[str, int]]]]  # chip -> call -> kernel -> resources
 
 
 def compile_all(chips: Sequence[str], main_only: bool) -> Ledger:
@@ -225,14 +164,14 @@ def complaints(found: Ledger, expected: Ledger) -> list[str]:
     """What is wrong with `found`, and where it differs from the ledger."""
     said = []
     for chip in CHIPS:
-        for case, by_kernel in found.get(chip.name, {}).items():
+        for call, by_kernel in found.get(chip.name, {}).items():
             for kernel, used in by_kernel.items():
-                where = f"{chip.name}: {kernel} of {case}"
+                where = f"{chip.name}: {kernel} of {call}"
                 if used["spilled"]:
                     said.append(f"{where} spills {used['spilled']} bytes")
                 if used["shared"] > chip.shared_bytes:
                     said.append(f"{where} asks for {used['shared']} bytes of shared memory of {chip.shared_bytes}")
-                recorded = expected.get(chip.name, {}).get(case, {}).get(kernel)
+                recorded = expected.get(chip.name, {}).get(call, {}).get(kernel)
                 if recorded != used:
                     said.append(f"{where}: {used}, and the ledger says {recorded}")
     return said
@@ -241,7 +180,7 @@ def complaints(found: Ledger, expected: Ledger) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the ledger instead of comparing with it")
-    parser.add_argument("--main", action="store_true", help="the main cases alone, as the tests do")
+    parser.add_argument("--main", action="store_true", help="the main calls alone, as the tests do")
     parser.add_argument("--chip", nargs="+", choices=[chip.name for chip in CHIPS], help="these chips alone")
     options = parser.parse_args()
     if options.update and (options.main or options.chip):
@@ -257,7 +196,7 @@ def main() -> None:
         if ledger["versions"]["triton"] != triton.__version__:
             print(f"note: the ledger is of Triton {ledger['versions']['triton']}, this is {triton.__version__}")
     said = complaints(found, expected)
-    print("\n".join(said) or f"{sum(map(len, found.values()))} cases as in the ledger")
+    print("\n".join(said) or f"{sum(map(len, found.values()))} calls as in the ledger")
     sys.exit(bool(said))
 
 

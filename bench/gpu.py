@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import machine, seconds, table
+from bench.peers import CHECKED_CHANNELS, TOLERANCES, attend, attend_twice, convolve, convolve_separably, in_format
 from bench.shapes import ATTENTION, BATCHES, DEPTHWISE, Attention, Depthwise
 from utnetv2_fast.models import PRESETS, UTNetV2
 from utnetv2_fast.ops import bidirectional_attention, depthwise_conv, depthwise_separable_conv, explain
@@ -35,8 +35,6 @@ from utnetv2_fast.training.losses import supervised_loss
 
 GPU = torch.device("cuda", 0)
 GIB = 2**30
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest value
-CHECKED_CHANNELS = 16  # channels do not depend on each other, and float64 is slow
 SECONDS_PER_ROW = 0.6
 NETWORKS = ("acdc-3d", "bcv-3d", "acdc-2d")
 
@@ -138,15 +136,6 @@ def assert_right(name: str, results: Sequence[Tensor], exact: Sequence[Tensor]) 
 # ---- operators
 
 
-def formula(q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor) -> tuple[Tensor, Tensor]:
-    scores = q @ map_q.mT * q.shape[-1] ** -0.5
-    return scores.softmax(-1) @ map_v, scores.softmax(-2).mT @ v
-
-
-def two_fused_attentions(q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor) -> tuple[Tensor, Tensor]:
-    return F.scaled_dot_product_attention(q, map_q, map_v), F.scaled_dot_product_attention(map_q, q, v)
-
-
 def differentiated(
     function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> Results:
@@ -179,28 +168,28 @@ def attention_rows(name: str, level: Attention, dtype: torch.dtype, channels_las
     backend = explain(bidirectional_attention, *inputs).backend
 
     exact_inputs = tuple(t.double().requires_grad_() for t in inputs)
-    exact = formula(*exact_inputs)
+    exact = attend(*exact_inputs)
     exact_gradients = torch.autograd.grad(exact, exact_inputs, tuple(g.double() for g in grads))
     ours = bidirectional_attention(*inputs)
     assert_right("bidirectional_attention", [t for t in ours if t is not None], exact)
     assert_right("its gradient", differentiated(bidirectional_attention, inputs, grads)(), exact_gradients)
     del exact, exact_gradients, exact_inputs, ours
-    compiled = torch.compile(formula, dynamic=False)
+    compiled = torch.compile(attend, dynamic=False)
 
     forward = median_milliseconds(
         {
             "ours": lambda: bidirectional_attention(*inputs),
-            "eager": lambda: formula(*inputs),
+            "eager": lambda: attend(*inputs),
             "compile": lambda: compiled(*inputs),
-            "2 SDPA": lambda: two_fused_attentions(*inputs),
+            "2 SDPA": lambda: attend_twice(*inputs),
         }
     )
     both = median_milliseconds(
         {
             "ours": differentiated(bidirectional_attention, inputs, grads),
-            "eager": differentiated(formula, inputs, grads),
+            "eager": differentiated(attend, inputs, grads),
             "compile": differentiated(compiled, inputs, grads),
-            "2 SDPA": differentiated(two_fused_attentions, inputs, grads),
+            "2 SDPA": differentiated(attend_twice, inputs, grads),
         }
     )
     ops, scale = torch.ops.utnetv2_fast, d**-0.5
@@ -218,21 +207,6 @@ def attention_rows(name: str, level: Attention, dtype: torch.dtype, channels_las
         peers = {peer: t for peer, t in times.items() if peer != "ours"}
         operator = "bidirectional_attention"
         yield Row(operator, shape, layout, kind, mode, backend, times["ours"], moved, count * products, peers)
-
-
-def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    convolution = F.conv2d if x.ndim == 4 else F.conv3d
-    return convolution(x, weight, padding=[k // 2 for k in weight.shape[2:]], groups=x.shape[1])
-
-
-def convolve_separably(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Tensor:
-    convolution = F.conv2d if x.ndim == 4 else F.conv3d
-    return convolution(convolve(x, depthwise_weight), pointwise_weight)
-
-
-def in_format(x: Tensor, channels_last: bool) -> Tensor:
-    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return x.contiguous(memory_format=last if channels_last else torch.contiguous_format)
 
 
 def convolution_rows(name: str, case: Depthwise, dtype: torch.dtype, channels_last: bool) -> Iterator[Row]:

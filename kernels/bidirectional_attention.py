@@ -365,14 +365,16 @@ def _sum_kernel(
 
 def choose_blocks(q: Tensor, l: int, *, backward: bool) -> Blocks:
     """Blocks for `q` (B, H, n, d) beside `l` semantic tokens: those tuned for this GPU, else ones that do not spill."""
-    d = q.shape[3]
-    name = "bidirectional_attention_backward" if backward else "bidirectional_attention"
-    key = f"l={power_of_two(max(l, 16))} d={d} bytes={q.element_size()}"
-    if (found := tuned(name, q.device, key)) is not None:
-        return Blocks(**found)
-    BD = min(power_of_two(max(d, 16)), 128 if q.element_size() == 2 else 64)
+    d, name = q.shape[3], "bidirectional_attention_backward" if backward else "bidirectional_attention"
     BL = power_of_two(max(l, 16))
-    # Registers: backward holds two sums (BL, BD) beside its tiles.
+    key = f"l={BL} d={d} bytes={q.element_size()}"
+    by_rule = _blocks_by_rule(BL, power_of_two(max(d, 16)), q.element_size(), backward)
+    return Blocks(**tuned(name, q.device, key, by_rule._asdict()))
+
+
+def _blocks_by_rule(BL: int, d: int, itemsize: int, backward: bool) -> Blocks:
+    """Registers decide: backward holds two sums (BL, BD) beside its tiles (BN, BL) and (BN, BD)."""
+    BD = min(d, 128 if itemsize == 2 else 64)
     num_warps = 8 if BL * BD * (2 if backward else 1) > 4096 else 4
     return Blocks(BN=64, BD=BD, num_warps=num_warps, num_stages=2)
 

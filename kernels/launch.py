@@ -50,9 +50,9 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def tuned(kernel: str, device: torch.device, key: str) -> dict[str, int] | None:
-    """The block sizes, warps and stages that `python -m bench.tune` found for `kernel` on this kind of GPU, if any."""
-    return _table(architecture(device)).get(kernel, {}).get(key)
+def tuned(kernel: str, device: torch.device, key: str, by_rule: dict[str, int]) -> dict[str, int]:
+    """The block sizes, warps and stages of `kernel`: those that `python -m bench.tune` found on such a GPU, if any."""
+    return _table(architecture(device)).get(kernel, {}).get(key, by_rule)
 
 
 @functools.cache

@@ -276,6 +276,32 @@ def test_the_number_of_threads_changes_no_bit(
     assert_same_bits_on_any_threads(results_and_gradients(make_inputs(shape, layout, dtype, device), compiled))
 
 
+@pytest.mark.parametrize("far", ["tokens", "channels", "samples"])
+def test_offsets_beyond_2_to_the_31(
+    far: str, impl: str, device: torch.device, assert_accurate: Callable[..., None]
+) -> None:
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 6 << 30:
+        pytest.skip("takes 4 GiB of the GPU")
+    distance = 2**31 + 8
+    strides = {"tokens": (16, 8, distance, 1), "channels": (16, 8, 1, distance), "samples": (distance, 8, 2, 1)}[far]
+    memory = torch.empty(distance + 64, dtype=torch.float16, device=device)  # 4 GiB, of which two pages are touched
+    q = memory.as_strided((2, 2, 2, 2), strides)
+    if far != "samples":
+        q = q[:1, :1]
+    q.copy_(torch.randn_like(q, memory_format=torch.contiguous_format))
+    map_q, map_v = (torch.randn(*q.shape[:2], 3, 2, dtype=q.dtype, device=device) for _ in range(2))
+    inputs = (q, q, map_q, map_v)
+    exact, eager = formula(*(t.double() for t in inputs)), formula(*(t.contiguous() for t in inputs))
+    for r, e, x in zip(bidirectional_attention(*inputs, impl=impl), eager, exact, strict=True):
+        assert_accurate(r, e, x)
+    leaves = tuple(t.detach().requires_grad_() for t in inputs)
+    grads = (torch.ones_like(map_q[:, :, :2]), torch.ones_like(map_q))
+    gradients = torch.autograd.grad(bidirectional_attention(*leaves, impl=impl), leaves, grads)
+    near = tuple(t.detach().contiguous().requires_grad_() for t in inputs)
+    for got, want in zip(gradients, torch.autograd.grad(formula(*near), near, grads), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
 def results_and_gradients(inputs: tuple[Tensor, ...], impl: str) -> Callable[[], list[Tensor]]:
     grads = (torch.randn_like(inputs[0]), torch.randn_like(inputs[2]))
 

@@ -3,6 +3,15 @@
 `dispatch` says when they can run. Importing this imports Triton.
 """
 
+import importlib.util
+from pathlib import Path
+
+import utnetv2_fast
+
+if importlib.util.find_spec("utnetv2_fast.kernels") is None:
+    # A checkout that is not installed: kernels/ lies beside the package.
+    utnetv2_fast.__path__.append(str(Path(__file__).parents[2]))
+
 from utnetv2_fast.kernels.bidirectional_attention import (
     bidirectional_attention,
     bidirectional_attention_backward,
