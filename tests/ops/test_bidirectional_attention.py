@@ -32,6 +32,15 @@ SHAPES: list[Shape] = [
 ]
 # Tokens that a kernel cuts into many pieces, and the widest heads.
 LARGER_SHAPES: list[Shape] = [(1, 2, 5003, 27, 80), (1, 1, 700, 64, 320), (2, 3, 2049, 72, 64)]
+# Of Triton, whose interpreter is slow: tokens in several splits and tiles, the other heads of LiTS, the most that fits.
+TRITON_SHAPES: list[Shape] = [
+    (1, 1, 700, 27, 80),
+    (1, 1, 70, 64, 256),
+    (1, 1, 70, 64, 320),
+    (1, 2, 300, 72, 64),
+    (1, 1, 40, 128, 16),
+    (1, 1, 33, 16, 512),
+]
 
 
 def formula(q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -111,6 +120,20 @@ def test_larger_results_and_gradients_match_float64(
     assert_accurate: Callable[..., None],
 ) -> None:
     check_accuracy(shape, layout, dtype, device, compiled_build, assert_accurate)
+
+
+@pytest.mark.parametrize("layout", [channels_first, channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", TRITON_SHAPES, ids=str)
+def test_triton_results_and_gradients_match_float64(
+    shape: Shape,
+    dtype: torch.dtype,
+    layout: Layout,
+    skip_refused: Callable[[str], str],
+    device: torch.device,
+    assert_accurate: Callable[..., None],
+) -> None:
+    check_accuracy(shape, layout, dtype, device, skip_refused("triton"), assert_accurate)
 
 
 def check_accuracy(
