@@ -375,8 +375,10 @@ def choose_blocks(q: Tensor, l: int, *, backward: bool) -> Blocks:
 def _blocks_by_rule(BL: int, d: int, itemsize: int, backward: bool) -> Blocks:
     """Registers decide: backward holds two sums (BL, BD) beside its tiles (BN, BL) and (BN, BD)."""
     BD = min(d, 128 if itemsize == 2 else 64)
-    num_warps = 8 if BL * BD * (2 if backward else 1) > 4096 else 4
-    return Blocks(BN=64, BD=BD, num_warps=num_warps, num_stages=2)
+    num_warps = 8 if BL * BD >= 8192 or BL >= 128 else 4
+    if backward:
+        return Blocks(BN=64 if BL * BD <= 1024 else 16, BD=BD, num_warps=num_warps, num_stages=1)
+    return Blocks(BN=max(16, min(64, 2048 // BL, 4096 // BD)), BD=BD, num_warps=num_warps, num_stages=2)
 
 
 def grid(q: Tensor, l: int, blocks: Blocks) -> Grid:
