@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utnetv2_fast.ops.dispatch import explain
+from utnetv2_fast.ops.dispatch import explain, interprets_triton
 from utnetv2_fast.ops.extension import load_extension
 from utnetv2_fast.ops.self_check import example
 
@@ -50,6 +50,18 @@ def skip_refused(request: pytest.FixtureRequest, device: torch.device) -> Callab
         if impl in refusals:
             pytest.skip(f"{impl}: {refusals[impl]}")
         return impl
+
+    return check
+
+
+@pytest.fixture
+def skip_what_triton_lacks() -> Callable[[str, torch.dtype], None]:
+    def check(impl: str, dtype: torch.dtype) -> None:
+        """Skip the dtypes that `impl` does not have on this device if it is Triton."""
+        if impl == "triton" and dtype == torch.float64:
+            pytest.skip("its kernels compute in float32")
+        if impl == "triton" and dtype == torch.bfloat16 and interprets_triton():
+            pytest.skip("Triton's interpreter computes bfloat16 on raw bits")
 
     return check
 

@@ -1,6 +1,6 @@
-"""The operators as Triton kernels (`kernels/`), with the signatures of `ops.reference`; `dispatch` says when they can run.
+"""The operators as Triton kernels (`kernels/`), with the signatures of `ops.reference`.
 
-Importing this imports Triton.
+`dispatch` says when they can run. Importing this imports Triton.
 """
 
 from utnetv2_fast.kernels.bidirectional_attention import (
@@ -9,10 +9,16 @@ from utnetv2_fast.kernels.bidirectional_attention import (
     token_attention,
     token_attention_backward,
 )
+from utnetv2_fast.kernels.channel_moments import channel_moments, channel_moments_backward
+from utnetv2_fast.kernels.scale_shift import scale_shift, scale_shift_backward
 
 __all__ = [
     "bidirectional_attention",
     "bidirectional_attention_backward",
+    "channel_moments",
+    "channel_moments_backward",
+    "scale_shift",
+    "scale_shift_backward",
     "token_attention",
     "token_attention_backward",
 ]
