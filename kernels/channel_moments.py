@@ -21,7 +21,7 @@ from torch import Tensor
 from utnetv2_fast.kernels.channel_maps import STAGES, Maps, offsets, place
 from utnetv2_fast.kernels.launch import cdiv, on_device_of_tensors, power_of_two
 
-ROWS = 8  # channels of samples that one program pools: their parts are read in one go
+POOLED = 1024  # parts that one program pools: it reads them in one go
 
 
 @on_device_of_tensors
@@ -37,8 +37,9 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         x, *parts, *maps.arguments(), mean.numel(), splits, steps, WHOLE=splits == 1, **{"STAGES": STAGES, **blocks}
     )
     if splits > 1:
-        rows = mean.numel()
-        _pool_kernel[(cdiv(rows, ROWS),)](
+        rows, splits_held = mean.numel(), power_of_two(splits)
+        rows_held = max(4, POOLED // splits_held)
+        _pool_kernel[(cdiv(rows, rows_held),)](
             x,
             *parts,
             mean,
@@ -49,8 +50,8 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
             rows,
             splits,
             steps * blocks["BLOCK_P"],
-            ROWS=ROWS,
-            SPLITS=power_of_two(splits),
+            ROWS=rows_held,
+            SPLITS=splits_held,
         )
     return mean, variance
 
