@@ -18,10 +18,16 @@ from utnetv2_fast.kernels.bidirectional_attention import (
     token_attention,
     token_attention_backward,
 )
+from utnetv2_fast.kernels.channel_moments import channel_moments, channel_moments_backward
+from utnetv2_fast.kernels.scale_shift import scale_shift, scale_shift_backward
 
 __all__ = [
     "bidirectional_attention",
     "bidirectional_attention_backward",
+    "channel_moments",
+    "channel_moments_backward",
+    "scale_shift",
+    "scale_shift_backward",
     "token_attention",
     "token_attention_backward",
 ]
