@@ -18,10 +18,26 @@ from utnetv2_fast.kernels.bidirectional_attention import (
     token_attention,
     token_attention_backward,
 )
+from utnetv2_fast.kernels.depthwise_conv import (
+    depthwise_conv,
+    depthwise_conv_backward_weight,
+    scaled_depthwise_conv,
+    scaled_depthwise_conv_backward_weight,
+)
+from utnetv2_fast.kernels.depthwise_separable_conv import (
+    depthwise_separable_conv,
+    scaled_depthwise_separable_conv,
+)
 
 __all__ = [
     "bidirectional_attention",
     "bidirectional_attention_backward",
+    "depthwise_conv",
+    "depthwise_conv_backward_weight",
+    "depthwise_separable_conv",
+    "scaled_depthwise_conv",
+    "scaled_depthwise_conv_backward_weight",
+    "scaled_depthwise_separable_conv",
     "token_attention",
     "token_attention_backward",
 ]
