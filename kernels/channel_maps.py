@@ -69,8 +69,9 @@ class Maps:
             block_p = min(positions, elements)
             block_c = min(channels, elements // block_p)
         layout = "channels-last" if channels_last else "channels-first"
-        found = tuned(kernel, device, f"{str(dtype).removeprefix('torch.')} {layout} {block_c}x{block_p}")
-        return {"AXES": self.axes, **(found or {"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": 8})}
+        key = f"{str(dtype).removeprefix('torch.')} {layout} {block_c}x{block_p}"
+        by_rule = {"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": 8}
+        return {"AXES": self.axes, **tuned(kernel, device, key, by_rule)}
 
     def tiles(self, blocks: dict[str, int]) -> int:
         """How many tiles cover the maps."""
