@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from utnetv2_fast.kernels import launch
 
 from bench.calls import Run, calls
 from bench.gpu import median_milliseconds
+from utnetv2_fast.kernels import launch
 
 GPU = torch.device("cuda", 0)
 TABLES = Path(__file__).parents[1] / "kernels" / "tables"

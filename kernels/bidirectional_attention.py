@@ -34,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from utnetv2_fast.kernels.launch import (
     cdiv,
     input_precision,

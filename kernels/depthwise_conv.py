@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from utnetv2_fast.kernels.launch import cdiv, multiprocessors, on_device_of_tensors, power_of_two, tuned
 
 

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from utnetv2_fast.kernels.depthwise_conv import (
     add_taps,
     address,

@@ -19,7 +19,6 @@ from utnetv2_fast.kernels.bidirectional_attention import (
     token_attention_backward,
 )
 from utnetv2_fast.kernels.channel_moments import channel_moments, channel_moments_backward
-from utnetv2_fast.kernels.scale_shift import scale_shift, scale_shift_backward
 from utnetv2_fast.kernels.depthwise_conv import (
     depthwise_conv,
     depthwise_conv_backward_weight,
@@ -30,6 +29,7 @@ from utnetv2_fast.kernels.depthwise_separable_conv import (
     depthwise_separable_conv,
     scaled_depthwise_separable_conv,
 )
+from utnetv2_fast.kernels.scale_shift import scale_shift, scale_shift_backward
 
 __all__ = [
     "bidirectional_attention",
