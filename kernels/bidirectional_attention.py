@@ -167,8 +167,10 @@ def _forward_kernel(
                 b_rows = _row_softmax(b_s, m_n)
             else:
                 b_rows = b_e * (1.0 / b_row_sum)[:, None]
-            b_sums += b_e
-            b_part = tl.dot(tl.trans(b_e.to(b_v.dtype)), b_v, b_part, input_precision=PRECISION)
+            # The sums are of what the product sees: its weights then add up to one, however they are rounded.
+            b_weights = b_e.to(b_v.dtype)
+            b_sums += b_weights.to(tl.float32)
+            b_part = tl.dot(tl.trans(b_weights), b_v, b_part, input_precision=PRECISION)
         else:
             b_rows = _row_softmax(b_s, m_n)
         b_out = tl.dot(b_rows.to(b_map_v.dtype), b_map_v, input_precision=PRECISION)
@@ -189,10 +191,10 @@ def _forward_kernel(
                 b_tops = tl.maximum(b_references, tl.max(b_s, 0))
                 b_kept = tl.exp2(b_references - b_tops)
                 b_references = b_tops
-                b_e = tl.exp2(b_s - b_tops[None, :])
-                b_sum = b_sum * b_kept + tl.sum(b_e, 0)
                 b_v = _load(p_v, s_v, o_n, m_n, o_d, m_d)
-                b_tile_part = tl.dot(tl.trans(b_e.to(b_v.dtype)), b_v, input_precision=PRECISION)
+                b_weights = tl.exp2(b_s - b_tops[None, :]).to(b_v.dtype)
+                b_sum = b_sum * b_kept + tl.sum(b_weights.to(tl.float32), 0)
+                b_tile_part = tl.dot(tl.trans(b_weights), b_v, input_precision=PRECISION)
                 b_part = b_part * b_kept[:, None] + b_tile_part
     if UPDATES_MAP:
         o_column = (i_bh * splits + i_split) * l + o_l

@@ -20,9 +20,9 @@ Shape = tuple[int, int, int, int, int]  # B, H, n, l, d
 
 # As in the paper (heads, map tokens and head sizes of ACDC, BCV, LiTS) over few tokens, then the corners.
 SHAPES: list[Shape] = [
-    (2, 4, 130, 9, 32),
-    (1, 4, 96, 27, 80),
-    (1, 10, 65, 64, 32),
+    (2, 2, 130, 9, 32),
+    (1, 2, 96, 27, 80),
+    (1, 2, 65, 64, 32),
     (1, 1, 64, 64, 128),
     (2, 3, 7, 72, 5),
     (2, 2, 1, 5, 3),
