@@ -63,6 +63,17 @@ class Grid(NamedTuple):
 
 
 @triton.jit
+def _exp(b_x, BITS: tl.constexpr):
+    """Scores are in powers of two (BITS), which saves a multiplication each; in float32 that costs accuracy."""
+    return tl.exp2(b_x) if BITS else tl.exp(b_x)
+
+
+@triton.jit
+def _log(b_x, BITS: tl.constexpr):
+    return tl.log2(b_x) if BITS else tl.log(b_x)
+
+
+@triton.jit
 def _load(p_x, s_x, o_row, m_row, o_d, m_d):
     """Rows of one head of x, as a tile (rows, channels); zeros outside."""
     o_x = o_row.to(tl.int64)[:, None] * s_x[2] + o_d.to(tl.int64)[None, :] * s_x[3]
@@ -92,9 +103,9 @@ def _product_of_slices(
 
 
 @triton.jit
-def _row_softmax(b_s, m_n):
+def _row_softmax(b_s, m_n, BITS: tl.constexpr):
     b_top = tl.where(m_n, tl.max(b_s, 1), 0.0)
-    b_e = tl.exp2(b_s - b_top[:, None])
+    b_e = _exp(b_s - b_top[:, None], BITS)
     return b_e * (1.0 / tl.where(m_n, tl.sum(b_e, 1), 1.0))[:, None]
 
 
@@ -104,7 +115,7 @@ def _scores(
     p_map_q, s_map_q, o_l, m_l,  # a head of the semantic map (l, d)
     factor, D: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S in powers of two, a tile (BN, BL), -inf outside."""
+    """S * factor, a tile (BN, BL), -inf outside."""
     b_s = _product_of_slices(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, D, BN, BL, BD, PRECISION)
     return tl.where(m_n[:, None] & m_l[None, :], b_s * factor, float("-inf"))
 
@@ -118,12 +129,13 @@ def _forward_kernel(
     p_parts,  # (B * H, splits, l, d)
     n, l, heads, splits, scale,
     D: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
-    UPDATES_MAP: tl.constexpr, LEAST: tl.constexpr, GREATEST: tl.constexpr, PRECISION: tl.constexpr,
+    UPDATES_MAP: tl.constexpr, LEAST: tl.constexpr, GREATEST: tl.constexpr, BITS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_split = tl.program_id(0) % splits
     i_bh = (tl.program_id(0) // splits).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
-    factor = scale * LOG2E
+    factor = scale * LOG2E if BITS else scale
     p_q += i_b * s_q[0] + i_h * s_q[1]
     p_v += i_b * s_v[0] + i_h * s_v[1]
     p_map_q += i_b * s_map_q[0] + i_h * s_map_q[1]
@@ -155,16 +167,16 @@ def _forward_kernel(
             b_s = _scores(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, factor, D, BN, BL, BD, PRECISION)
         if UPDATES_MAP:
             b_v = _load(p_v, s_v, o_n, m_n, o_d, m_d)
-            b_e = tl.exp2(b_s - b_reference)
+            b_e = _exp(b_s - b_reference, BITS)
             b_row_sum = tl.where(m_n, tl.sum(b_e, 1), 1.0)
             if tl.max(((b_row_sum < LEAST) | (b_row_sum > GREATEST)).to(tl.int32), 0) > 0:
                 b_top = tl.maximum(b_reference, tl.max(tl.max(b_s, 1), 0))
-                b_kept = tl.exp2(b_reference - b_top)
+                b_kept = _exp(b_reference - b_top, BITS)
                 b_sums *= b_kept
                 b_part *= b_kept
                 b_reference = b_top
-                b_e = tl.exp2(b_s - b_top)
-                b_rows = _row_softmax(b_s, m_n)
+                b_e = _exp(b_s - b_top, BITS)
+                b_rows = _row_softmax(b_s, m_n, BITS)
             else:
                 b_rows = b_e * (1.0 / b_row_sum)[:, None]
             # The sums are of what the product sees: its weights then add up to one, however they are rounded.
@@ -172,7 +184,7 @@ def _forward_kernel(
             b_sums += b_weights.to(tl.float32)
             b_part = tl.dot(tl.trans(b_weights), b_v, b_part, input_precision=PRECISION)
         else:
-            b_rows = _row_softmax(b_s, m_n)
+            b_rows = _row_softmax(b_s, m_n, BITS)
         b_out = tl.dot(b_rows.to(b_map_v.dtype), b_map_v, input_precision=PRECISION)
         _store(p_out, s_out, o_n, m_n, o_d, m_d, b_out)
 
@@ -189,10 +201,10 @@ def _forward_kernel(
                 m_n = o_n < n
                 b_s = _scores(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, factor, D, BN, BL, BD, PRECISION)
                 b_tops = tl.maximum(b_references, tl.max(b_s, 0))
-                b_kept = tl.exp2(b_references - b_tops)
+                b_kept = _exp(b_references - b_tops, BITS)
                 b_references = b_tops
                 b_v = _load(p_v, s_v, o_n, m_n, o_d, m_d)
-                b_weights = tl.exp2(b_s - b_tops[None, :]).to(b_v.dtype)
+                b_weights = _exp(b_s - b_tops[None, :], BITS).to(b_v.dtype)
                 b_sum = b_sum * b_kept + tl.sum(b_weights.to(tl.float32), 0)
                 b_tile_part = tl.dot(tl.trans(b_weights), b_v, input_precision=PRECISION)
                 b_part = b_part * b_kept[:, None] + b_tile_part
@@ -209,11 +221,11 @@ def _combine_kernel(
     p_references, p_sums,  # (B * H, splits, l)
     p_parts,  # (B * H, splits, l, d)
     p_map_out, s_map_out,  # (B, H, l, d)
-    p_column_lse,  # (B * H, l)
+    p_column_lse,  # (B * H, l), as the forward kernel leaves it
     l, heads, splits,
-    D: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+    D: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """map_out and the columns' log of sums from what the splits found; BE elements of a head, BS splits at a time."""
+    """map_out and the logarithm of the column sums from what the splits found; BE elements, BS splits at a time."""
     i_bh = tl.program_id(0).to(tl.int64)
     o_e = tl.program_id(1) * BE + tl.arange(0, BE)
     m_e = o_e < l * D
@@ -227,7 +239,7 @@ def _combine_kernel(
         o_column = (i_bh * splits + o_split)[:, None] * l + o_l[None, :]
         b_references = tl.load(p_references + o_column, mask=m, other=float("-inf"))  # (BS, BE)
         b_top = tl.maximum(b_reference, tl.where(m_e, tl.max(b_references, 0), 0.0))
-        b_kept, b_weights = tl.exp2(b_reference - b_top), tl.exp2(b_references - b_top[None, :])
+        b_kept, b_weights = _exp(b_reference - b_top, BITS), _exp(b_references - b_top[None, :], BITS)
         b_sums = tl.load(p_sums + o_column, mask=m, other=0.0)
         b_parts = tl.load(p_parts + o_column * D + o_d[None, :], mask=m, other=0.0)
         b_sum = b_sum * b_kept + tl.sum(b_sums * b_weights, 0)
@@ -237,8 +249,7 @@ def _combine_kernel(
     p_map_out += (i_bh // heads) * s_map_out[0] + (i_bh % heads) * s_map_out[1]
     b_out = (b_out / b_sum).to(p_map_out.dtype.element_ty)
     tl.store(p_map_out + o_l * s_map_out[2] + o_d * s_map_out[3], b_out, mask=m_e)
-    b_lse = (b_reference + tl.log2(b_sum)) / LOG2E
-    tl.store(p_column_lse + i_bh * l + o_l, b_lse, mask=m_e & (o_d == 0))
+    tl.store(p_column_lse + i_bh * l + o_l, b_reference + _log(b_sum, BITS), mask=m_e & (o_d == 0))
 
 
 @triton.jit
@@ -247,17 +258,17 @@ def _backward_kernel(
     p_grad_map_out, s_grad_map_out,  # (B, H, l, d)
     p_q, s_q, p_v, s_v,  # (B, H, n, d)
     p_map_q, s_map_q, p_map_v, s_map_v, p_map_out, s_map_out,  # (B, H, l, d)
-    p_column_lse,  # (B * H, l)
+    p_column_lse,  # (B * H, l), as the forward kernel leaves it
     p_grad_q, s_grad_q, p_grad_v, s_grad_v,  # (B, H, n, d)
     p_parts,  # (2, B * H, splits, l, d): of the gradients of map_q and map_v
     n, l, heads, splits, scale, o_second_part,
     D: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
-    UPDATES_MAP: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPDATES_MAP: tl.constexpr, LEAST: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_split = tl.program_id(0) % splits
     i_bh = (tl.program_id(0) // splits).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
-    factor = scale * LOG2E
+    factor = scale * LOG2E if BITS else scale
     p_grad_out += i_b * s_grad_out[0] + i_h * s_grad_out[1]
     p_grad_map_out += i_b * s_grad_map_out[0] + i_h * s_grad_map_out[1]
     p_q += i_b * s_q[0] + i_h * s_q[1]
@@ -277,10 +288,10 @@ def _backward_kernel(
         b_map_v = _load(p_map_v, s_map_v, o_l, m_l, o_d, m_d)
     if UPDATES_MAP:
         b_grad_map_out = _load(p_grad_map_out, s_grad_map_out, o_l, m_l, o_d, m_d)
-        b_lse = tl.load(p_column_lse + i_bh * l + o_l, mask=m_l, other=float("-inf")) * LOG2E
+        b_lse = tl.load(p_column_lse + i_bh * l + o_l, mask=m_l, other=float("-inf"))
         b_reference = tl.max(b_lse, 0)
         b_lse = tl.where(m_l, b_lse, b_reference)
-        b_factors = tl.exp2(b_reference - b_lse)
+        b_factors = _exp(b_reference - b_lse, BITS)
         vanishing = tl.max(b_factors, 0) * LEAST > 1.0
         b_column_sum = tl.zeros([BL], tl.float32)
         for i_d in tl.static_range(0, D, BD):
@@ -308,16 +319,16 @@ def _backward_kernel(
                 p_grad_out, s_grad_out, o_n, m_n, p_map_v, s_map_v, o_l, m_l, D, BN, BL, BD, PRECISION
             )
         if UPDATES_MAP:
-            b_e = tl.exp2(b_s - b_reference)
+            b_e = _exp(b_s - b_reference, BITS)
             b_row_sum = tl.where(m_n, tl.sum(b_e, 1), 1.0)
             if (tl.min(b_row_sum, 0) < LEAST) | vanishing:
-                b_rows = _row_softmax(b_s, m_n)
-                b_columns = tl.exp2(b_s - b_lse[None, :])
+                b_rows = _row_softmax(b_s, m_n, BITS)
+                b_columns = _exp(b_s - b_lse[None, :], BITS)
             else:
                 b_rows = b_e * (1.0 / b_row_sum)[:, None]
                 b_columns = b_e * b_factors[None, :]
         else:
-            b_rows = _row_softmax(b_s, m_n)
+            b_rows = _row_softmax(b_s, m_n, BITS)
         b_mean = tl.sum(b_rows * b_grad_rows, 1)
         b_grad_s = b_rows * (b_grad_rows - b_mean[:, None])
         b_rows_ = b_rows.to(b_grad_out.dtype)
@@ -398,6 +409,11 @@ def _exact_range(dtype: torch.dtype) -> tuple[float, float]:
     return (2.0**-8, 2.0**8) if dtype == torch.float16 else (2.0**-60, 2.0**60)
 
 
+def _counts_bits(dtype: torch.dtype) -> bool:
+    """Whether scores, and what is saved of the columns, are in powers of two, else in powers of e."""
+    return dtype != torch.float32
+
+
 BE = 128  # elements that a program of the combining kernels owns
 
 
@@ -409,6 +425,7 @@ def _splits_at_a_time(splits: int) -> int:
 def bidirectional_attention(
     q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.reference` has it, but the logarithm of the column sums is to the base that the scores are powers of."""
     b, h, l, d = map_q.shape
     out, map_out = torch.empty_like(q), torch.empty_like(map_q)
     column_lse = map_q.new_empty((b, h, l), dtype=torch.float32)
@@ -421,7 +438,7 @@ def bidirectional_attention(
     _launch_forward(programs, q, v, map_q, map_v, out, references, sums, parts, splits, scale, blocks, True)
     _combine_kernel[(b * h, cdiv(l * d, BE))](
         references, sums, parts, map_out, map_out.stride(), column_lse, l, h, splits,
-        D=d, BS=_splits_at_a_time(splits), BE=BE,
+        D=d, BS=_splits_at_a_time(splits), BE=BE, BITS=_counts_bits(q.dtype),
     )  # fmt: skip
     return out, map_out, column_lse
 
@@ -461,7 +478,7 @@ def _launch_forward(
         q, q.stride(), v, v.stride(), map_q, map_q.stride(), map_v, map_v.stride(), out, out.stride(),
         references, sums, parts, n, l, h, splits, scale,
         D=d, BL=power_of_two(max(l, 16)), UPDATES_MAP=updates_map, LEAST=least, GREATEST=greatest,
-        PRECISION=input_precision(), **blocks._asdict(),
+        BITS=_counts_bits(q.dtype), PRECISION=input_precision(), **blocks._asdict(),
     )  # fmt: skip
 
 
@@ -525,8 +542,8 @@ def _launch_backward(
         q, q.stride(), v, v.stride(), map_q, map_q.stride(), map_v, map_v.stride(), map_out, map_out.stride(),
         column_lse, grad_q, grad_q.stride(), grad_v, grad_v.stride(), parts,
         q.shape[2], l, h, splits, scale, parts.stride(0),
-        D=d, BL=power_of_two(max(l, 16)), UPDATES_MAP=updates_map, LEAST=2.0**-60, PRECISION=input_precision(),
-        **blocks._asdict(),
+        D=d, BL=power_of_two(max(l, 16)), UPDATES_MAP=updates_map, LEAST=2.0**-60, BITS=_counts_bits(q.dtype),
+        PRECISION=input_precision(), **blocks._asdict(),
     )  # fmt: skip
     for part, gradient in zip(parts, (grad_map_q, grad_map_v), strict=True):
         _sum_kernel[(b * h, cdiv(l * d, BE))](
