@@ -29,7 +29,7 @@ from bench.peers import CHECKED_CHANNELS, TOLERANCES, attend, attend_twice, conv
 from bench.shapes import ATTENTION, BATCHES, DEPTHWISE, Attention, Depthwise
 from utnetv2_fast.models import PRESETS, UTNetV2
 from utnetv2_fast.ops import bidirectional_attention, depthwise_conv, depthwise_separable_conv, explain
-from utnetv2_fast.ops.self_check import EXAMPLES, relative_error, tolerance
+from utnetv2_fast.ops.self_check import EXAMPLES, check
 from utnetv2_fast.training.config import default_training
 from utnetv2_fast.training.losses import supervised_loss
 
@@ -356,15 +356,15 @@ def forget() -> None:
 
 def self_check() -> list[dict[str, object]]:
     """Every operator on a small example against float64, as `utnetv2-fast doctor` does."""
-    rows: list[dict[str, object]] = []
-    for operator in EXAMPLES:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            error = relative_error(operator, GPU, dtype)
-            name = str(dtype).removeprefix("torch.")
-            rows.append(
-                {"operator": operator.__name__, "dtype": name, "error": error, "right": error <= tolerance(dtype)}
-            )
-    return rows
+    return [
+        {
+            "operator": operator.__name__,
+            "dtype": str(dtype).removeprefix("torch."),
+            **asdict(check(operator, GPU, dtype)),
+        }
+        for operator in EXAMPLES
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ]
 
 
 def train(data: Path, preset: str, minutes: float, out: Path) -> str:
@@ -433,8 +433,11 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
     facts = machine() | {"command": shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]])}
-    report: dict[str, object] = {"machine": facts, "self_check": self_check()}
+    checked = self_check()
+    report: dict[str, object] = {"machine": facts, "self_check": checked}
     texts = ["\n".join(f"* {key}: {value}" for key, value in facts.items())]
+    wrong = [f"{found['operator']} in {found['dtype']}: {found['problem']}" for found in checked if found["problem"]]
+    texts.append("Operators whose results are wrong: " + ("; ".join(wrong) or "none") + ".")
     roof_bytes = copy_bandwidth()
     roof_flops = {str(d).removeprefix("torch."): product_speed(d) for d in (torch.bfloat16, torch.float32)}
     report |= {"copy_bytes_per_second": roof_bytes, "product_flops": roof_flops}
