@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from utnetv2_fast.kernels.launch import (
+    architecture,
     cdiv,
     input_precision,
     multiprocessors,
@@ -382,17 +383,21 @@ def choose_blocks(q: Tensor, l: int, *, backward: bool) -> Blocks:
     d, name = q.shape[3], "bidirectional_attention_backward" if backward else "bidirectional_attention"
     BL = power_of_two(max(l, 16))
     key = f"l={BL} d={d} bytes={q.element_size()}"
-    by_rule = _blocks_by_rule(BL, power_of_two(max(d, 16)), q.element_size(), backward)
+    by_rule = _blocks_by_rule(BL, power_of_two(max(d, 16)), q.element_size(), architecture(q.device), backward)
     return Blocks(**tuned(name, q.device, key, by_rule._asdict()))
 
 
-def _blocks_by_rule(BL: int, d: int, itemsize: int, backward: bool) -> Blocks:
+def _blocks_by_rule(BL: int, d: int, itemsize: int, architecture: str, backward: bool) -> Blocks:
     """Registers decide: backward holds two sums (BL, BD) beside its tiles (BN, BL) and (BN, BD)."""
+    # Triton 3.6 dies of row sums of a product in tensor memory, which products of 64 rows are on these chips.
+    tokens = 32 if architecture.startswith("sm_10") else 64
     BD = min(d, 128 if itemsize == 2 else 64)
-    num_warps = 8 if BL * BD >= 8192 or BL >= 128 else 4
+    BN = max(16, min(tokens, 2048 // BL, 4096 // BD))
     if backward:
-        return Blocks(BN=64 if BL * BD <= 1024 else 16, BD=BD, num_warps=num_warps, num_stages=1)
-    return Blocks(BN=max(16, min(64, 2048 // BL, 4096 // BD)), BD=BD, num_warps=num_warps, num_stages=2)
+        BN = tokens if BL * BD <= 1024 else 16
+    wide = BL * BD >= (2048 if backward else 8192) or BL >= 128
+    num_warps = 8 if wide and not architecture.startswith("gfx") else 4  # a warp of AMD's has twice the threads
+    return Blocks(BN=BN, BD=BD, num_warps=num_warps, num_stages=1 if backward else 2)
 
 
 def grid(q: Tensor, l: int, blocks: Blocks) -> Grid:
