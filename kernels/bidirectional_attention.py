@@ -392,11 +392,11 @@ def _blocks_by_rule(BL: int, d: int, itemsize: int, architecture: str, backward:
     # Triton 3.6 dies of row sums of a product in tensor memory, which products of 64 rows are on these chips.
     tokens = 32 if architecture.startswith("sm_10") else 64
     BD = min(d, 128 if itemsize == 2 else 64)
-    BN = max(16, min(tokens, 2048 // BL, 4096 // BD))
+    BN = max(16, min(tokens, 2048 // BL, (2048 if architecture.startswith("gfx") else 4096) // BD))
     if backward:
         BN = tokens if BL * BD <= 1024 else 16
-    wide = BL * BD >= (2048 if backward else 8192) or BL >= 128
-    num_warps = 8 if wide and not architecture.startswith("gfx") else 4  # a warp of AMD's has twice the threads
+    many = BL * BD >= 8192 or BL >= 128 or (backward and BL * BD >= 2048 and architecture != "sm_80")
+    num_warps = 8 if many and not architecture.startswith("gfx") else 4  # a warp of AMD's has twice the threads
     return Blocks(BN=BN, BD=BD, num_warps=num_warps, num_stages=1 if backward else 2)
 
 

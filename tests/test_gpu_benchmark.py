@@ -58,7 +58,7 @@ def test_everything_is_checked_and_written(on_the_cpu: None, tmp_path: Path, mon
 
 def test_a_wrong_result_is_not_timed(on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "depthwise_conv", lambda x, weight: 1.01 * torch.ones_like(x))
-    with pytest.raises(AssertionError, match="depthwise_conv is wrong by .* not timed"):
+    with pytest.raises(AssertionError, match=r"depthwise_conv is wrong by .* not timed"):
         list(gpu.operator_rows(gpu.Clock(float("inf"))))
 
 
