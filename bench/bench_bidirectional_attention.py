@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.peers import attend, attend_twice
 from utnetv2_fast.ops import bidirectional_attention, explain
 
 Shape = tuple[int, int, int, int, int]  # B, H, n, l, d
@@ -21,15 +21,6 @@ SHAPES: dict[str, list[Shape]] = {
     "bcv-3d": [(1, h, n, l, 32) for l in (27, 64) for n, h in ((32768, 4), (4096, 8), (512, 10))],
     "lits-3d": [(1, 1, n, 64, d) for n, d in ((32768, 128), (4096, 256), (512, 320))],
 }
-
-
-def formula(q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor) -> tuple[Tensor, Tensor]:
-    scores = q @ map_q.mT * q.shape[-1] ** -0.5
-    return scores.softmax(-1) @ map_v, scores.softmax(-2).mT @ v
-
-
-def two_fused_attentions(q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor) -> tuple[Tensor, Tensor]:
-    return F.scaled_dot_product_attention(q, map_q, map_v), F.scaled_dot_product_attention(map_q, q, v)
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -47,7 +38,7 @@ def exact_results(shape: Shape, mode: str, dtype: torch.dtype) -> tuple[tuple[Te
     inputs = tuple(torch.randn(size).to(dtype) for size in sizes)
     grads = tuple(torch.randn(size).to(dtype) for size in sizes[1:3])
     leaves = tuple(t.double().requires_grad_(mode != "forward") for t in inputs)
-    outputs = formula(*leaves)
+    outputs = attend(*leaves)
     if mode != "forward":
         outputs = torch.autograd.grad(outputs, leaves, tuple(g.double() for g in grads))
     return inputs, grads, outputs
@@ -86,7 +77,7 @@ def bench_bidirectional_attention(
 
     torch._dynamo.reset()
     layouts = [layout, "channels-last" if layout == "channels-first" else "channels-first"]
-    eager = [results(formula, each) for each in layouts]
+    eager = [results(attend, each) for each in layouts]
     if compiler_refusal is None and (layout, mode) != ("channels-first", "forward+backward"):
         compiler_refusal = "compiled for channels-first, forward+backward alone: every shape takes ten seconds"
     tokens, maps = inputs[0].numel(), inputs[2].numel()
@@ -98,8 +89,8 @@ def bench_bidirectional_attention(
         {
             "eager": eager[:1],
             "best format": eager,
-            "compile": compiler_refusal or [results(torch.compile(formula, dynamic=False), layout)],
-            "2 SDPA": [results(two_fused_attentions, each) for each in layouts],
+            "compile": compiler_refusal or [results(torch.compile(attend, dynamic=False), layout)],
+            "2 SDPA": [results(attend_twice, each) for each in layouts],
         },
         exact,
         # Products of n x l x d: S and one for each direction; backward S again and six more.

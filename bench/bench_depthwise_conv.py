@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.peers import CHECKED_CHANNELS, convolve, in_format
 from utnetv2_fast.ops import depthwise_conv, explain
 
 Shape = tuple[int, ...]
@@ -23,7 +23,9 @@ SHAPES: list[tuple[Shape, Shape]] = [
     ((1, 1280, 4, 12, 12), (3, 3, 3)),
     ((2, 1024, 16, 16), (3, 3)),
 ]
-CHECKED_CHANNELS = 16  # channels do not depend on each other, and torch's float64 is slow
+
+
+LAYOUTS = ("channels-first", "channels-last")
 
 
 def by(sizes: Shape) -> str:
@@ -31,17 +33,8 @@ def by(sizes: Shape) -> str:
     return "x".join(map(str, sizes))
 
 
-def formula(x: Tensor, weight: Tensor) -> Tensor:
-    convolution = F.conv2d if x.ndim == 4 else F.conv3d
-    return convolution(x, weight, padding=[k // 2 for k in weight.shape[2:]], groups=x.shape[1])
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-
-
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("shape", "kernel"), SHAPES, ids=by)
 def bench_depthwise_conv(
     shape: Shape,
@@ -55,7 +48,7 @@ def bench_depthwise_conv(
 ) -> None:
     x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(shape[1], 1, *kernel, device=device).to(dtype)
-    formats = {"channels-first": (x, grad), "channels-last": (channels_last(x), channels_last(grad))}
+    formats = {name: tuple(in_format(t, name == "channels-last") for t in (x, grad)) for name in LAYOUTS}
     backward = mode != "forward"
 
     def results(function: Callable[..., Tensor], layout: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -74,11 +67,11 @@ def bench_depthwise_conv(
 
     torch._dynamo.reset()
     other = next(name for name in formats if name != layout)
-    eager = results(formula, layout)
+    eager = results(convolve, layout)
     checked = tuple(t[-CHECKED_CHANNELS:] if t is weight else t[:, -CHECKED_CHANNELS:] for t in (x, weight, grad))
     x_, weight_, grad_ = (t.cpu().double() for t in checked)
     leaves = (x_.requires_grad_(backward), weight_.requires_grad_(backward))
-    exact = torch.autograd.grad(formula(*leaves), leaves, grad_) if backward else (formula(*leaves),)
+    exact = torch.autograd.grad(convolve(*leaves), leaves, grad_) if backward else (convolve(*leaves),)
     compare(
         "depthwise_conv",
         (f"{by(shape)} {by(kernel)} {str(dtype).removeprefix('torch.')}", layout, mode),
@@ -86,8 +79,8 @@ def bench_depthwise_conv(
         results(depthwise_conv, layout),
         {
             "eager": [eager],
-            "best format": [eager, results(formula, other)],
-            "compile": compiler_refusal or [results(torch.compile(formula, dynamic=False), layout)],
+            "best format": [eager, results(convolve, other)],
+            "compile": compiler_refusal or [results(torch.compile(convolve, dynamic=False), layout)],
         },
         tuple(t.detach().to(device) for t in exact),
         flops=(3 if backward else 1) * 2 * x.numel() * math.prod(kernel),

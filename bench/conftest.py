@@ -16,12 +16,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench.measure, also where the package is imported from elsewhere
 
 from bench.measure import Roof, machine, measure_roof, seconds, table
+from bench.peers import TOLERANCES
 
 Results = Callable[[], tuple[Tensor, ...]]
 Peer = Sequence[Results] | str  # the best of these, or why there is none
 
 SECONDS_PER_ROW = 1.5
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest value
 
 
 @dataclass

@@ -141,3 +141,24 @@ def test_doctor_fails_when_an_operator_is_wrong(
         )
     assert call(monkeypatch, "doctor") == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_doctor_reports_an_operator_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    correct = reference.scale_shift
+
+    def fail_in_low_precision(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        if x.dtype != torch.float64:
+            raise RuntimeError("no kernel image [sm_75]\nis available")
+        return correct(x, *rest)
+
+    for backend in (reference, cpu):
+        monkeypatch.setattr(backend, "scale_shift", fail_in_low_precision)
+    assert call(monkeypatch, "doctor", "--json") == 1
+    wrong = [row for row in json.loads(capsys.readouterr().out)["operators"] if not row["right"]]
+    assert {row["operator"] for row in wrong} == {"scale_shift"}
+    assert all(row["relative_error"] is None for row in wrong)
+    assert {row["problem"] for row in wrong} == {"RuntimeError: no kernel image [sm_75]"}
+    assert call(monkeypatch, "doctor") == 1
+    assert "[sm_75]" in capsys.readouterr().out

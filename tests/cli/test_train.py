@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from utnetv2_fast.data.dataset import read_dataset
 from utnetv2_fast.experiment import suggest_preset
@@ -61,6 +62,15 @@ def test_one_fold_from_scans_to_scores(call: Call, demo: Path, place: Path, caps
     assert call("predict", "run", "-i", scan, "-o", "predicted", "--device", "cpu") == 0
     predicted = nib.load(place / "predicted" / held_out[0].name)
     np.testing.assert_array_equal(np.asarray(predicted.dataobj), np.asarray(nib.load(held_out[0]).dataobj))
+
+
+def test_compilation_is_asked_for(call: Call, demo: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    for name, options in (("without", ()), ("with", ("--compile",))):
+        assert call("train", "--data", demo, *SHORT, "--out", name, *options) == 0
+        assert yaml.safe_load((place / name / "config.yaml").read_text())["training"]["compile"] is bool(options)
+        assert len(compiled) == len(options)
 
 
 def test_all_folds_and_their_spread(call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

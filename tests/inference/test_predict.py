@@ -19,6 +19,7 @@ from utnetv2_fast.data.nifti import label_to_native, read_label, read_scan, scan
 from utnetv2_fast.data.plan import IntensityStatistics, Plan
 from utnetv2_fast.data.preprocess import preprocess_image
 from utnetv2_fast.errors import InputError
+from utnetv2_fast.inference import predict as prediction
 from utnetv2_fast.inference.predict import Predictor, predict, predict_files
 from utnetv2_fast.models import UTNetV2
 from utnetv2_fast.training.config import default_training
@@ -332,3 +333,18 @@ def test_runs_that_cannot_be_used_are_refused_by_name(tmp_path: Path) -> None:
     two_channels = write_run(tmp_path / "two", random_network(3, channels=2), make_plan(3))
     with pytest.raises(InputError, match=r"two/config\.yaml: the network has other"):
         Predictor.load([two_channels], device="cpu")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_kernels_are_checked_in_the_dtype_of_the_prediction(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+    monkeypatch.setattr(prediction, "check_kernels", lambda *arguments: checked.append(arguments))
+    monkeypatch.setattr(prediction, "autocast_dtype", lambda device: torch.bfloat16)
+    run = write_run(tmp_path / "run", random_network(2), make_plan(2))
+    config = RunFolder(run).config
+    training = config.training.model_copy(update={"precision": precision})
+    RunFolder(run).write_config(config.model_copy(update={"training": training}))
+    Predictor.load([run], device="cpu")
+    assert checked == [(CPU, torch.bfloat16 if precision == "bfloat16" else None)]

@@ -51,7 +51,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def impl(request: pytest.FixtureRequest) -> str:
     """Every backend that runs all operators of the network here."""
     for operator in EXAMPLES:

@@ -13,7 +13,8 @@ from utnetv2_fast.models import UTNetV2
 from utnetv2_fast.nn.convolution import DepthwiseConv, MBConv, Norm, NormActConv, ResidualBlock, make_conv
 from utnetv2_fast.nn.stages import PatchMerging
 from utnetv2_fast.ops import explain
-from utnetv2_fast.ops.dispatch import Impl
+from utnetv2_fast.ops.dispatch import Impl, implementation
+from utnetv2_fast.ops.self_check import EXAMPLES, example
 
 Make = Callable[[int, Norm, Impl], nn.Module]  # of 2 or 3 dimensions, for maps of 8 channels
 
@@ -46,9 +47,11 @@ def patch_merging(dimensions: int, norm: Norm, impl: Impl) -> nn.Module:
 MODULES = [norm_act_conv, norm_depthwise, residual_block, widening_block, feed_forward, patch_merging]
 
 
-def pair(make: Make, dimensions: int, norm: Norm, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def pair(
+    make: Make, dimensions: int, norm: Norm, dtype: torch.dtype, impl: Impl = "auto"
+) -> tuple[nn.Module, nn.Module]:
     """The module as it is and as torch runs it, with the same random weights and running statistics."""
-    fused, plain = make(dimensions, norm, "auto"), make(dimensions, norm, "reference")
+    fused, plain = make(dimensions, norm, impl), make(dimensions, norm, "reference")
     for name, tensor in fused.state_dict().items():
         if tensor.is_floating_point():
             tensor.copy_(torch.rand_like(tensor) + (0.5 if name.endswith("running_var") else -0.5))
@@ -82,6 +85,58 @@ def test_results_gradients_and_statistics_are_torchs(
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     for got, want in zip(fused.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def on_triton(device: torch.device) -> torch.device:
+    """The device, if every operator runs there by Triton."""
+    for operator in EXAMPLES:
+        refusals = explain(operator, *example(operator, device)).refusals
+        if "triton" in refusals:
+            pytest.skip(f"{operator.__name__}: {refusals['triton']}")
+    return device
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("dimensions", "norm", "training"),
+    [(2, "batch", True), (2, "batch", False), (3, "instance", True)],
+)
+@pytest.mark.parametrize("make", MODULES)
+def test_triton_gives_nearly_the_numbers_of_torch(
+    make: Make, dimensions: int, norm: Norm, training: bool, channels_last: bool, on_triton: torch.device
+) -> None:
+    fused, plain = (m.to(on_triton).train(training) for m in pair(make, dimensions, norm, torch.float32, "triton"))
+    exact = copy.deepcopy(plain).double()
+    x = torch.randn(2, 8, *(6, 4, 8)[:dimensions], device=on_triton)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last if dimensions == 2 else torch.channels_last_3d)
+    for got, want, true in zip(run(fused, x), run(plain, x), run(exact, x.double()), strict=True):
+        assert (got - true).norm() <= 2 * (want - true).norm() + 1e-5 * true.norm()
+    for got, want in zip(fused.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_normalisations_fuse_on_triton(on_triton: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton, called = implementation("triton"), set()
+
+    def recorded(name: str) -> Callable[..., object]:
+        kernel = getattr(triton, name)
+
+        def run(*arguments: object) -> object:
+            called.add(name)
+            return kernel(*arguments)
+
+        return run
+
+    kernels = {
+        *("channel_moments", "channel_moments_backward", "scale_shift", "scale_shift_backward"),
+        *("scaled_depthwise_conv", "scaled_depthwise_conv_backward_weight"),
+    }
+    for name in kernels:
+        monkeypatch.setattr(triton, name, recorded(name))
+    run(feed_forward(2, "batch", "triton").to(on_triton), torch.randn(2, 8, 6, 4, device=on_triton))
+    assert called == kernels
 
 
 @pytest.mark.parametrize("momentum", [None, 0.3])
@@ -171,11 +226,20 @@ def test_half_of_the_memory_is_saved_for_backward(dimensions: int) -> None:
 
 
 def test_compiles_whole() -> None:
+    check_compiled("auto", torch.float64, torch.device("cpu"))
+
+
+def test_compiles_whole_with_triton(on_triton: torch.device) -> None:
+    check_compiled("triton", torch.float32, on_triton)
+
+
+def check_compiled(impl: Impl, dtype: torch.dtype, device: torch.device) -> None:
     torch._dynamo.reset()
     for norm in ("batch", "instance"):
-        module, _ = pair(feed_forward, 2, norm, torch.float64)
+        module, _ = pair(feed_forward, 2, norm, dtype, impl)
+        module.to(device)
         other = copy.deepcopy(module)
-        x = torch.randn(2, 8, 6, 4, dtype=torch.float64)
+        x = torch.randn(2, 8, 6, 4, dtype=dtype, device=device)
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         for got, want in zip(run(compiled, x), run(other, x), strict=True):
             torch.testing.assert_close(got, want)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utnetv2_fast.ops.dispatch import explain
+from utnetv2_fast.ops.dispatch import explain, interprets_triton
 from utnetv2_fast.ops.extension import load_extension
 from utnetv2_fast.ops.self_check import example
 
@@ -41,10 +41,24 @@ def assert_accurate() -> Callable[..., None]:
     return check
 
 
+def skip_what_triton_lacks(impl: str, dtype: torch.dtype) -> None:
+    if impl == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton kernels compute in float32")
+    if impl == "triton" and dtype == torch.bfloat16 and interprets_triton():
+        pytest.skip("Triton's interpreter computes bfloat16 on raw bits")
+
+
+@pytest.fixture(name="skip_what_triton_lacks")
+def _skip_what_triton_lacks() -> Callable[[str, torch.dtype], None]:
+    """For tests of a dtype that is not their parameter `dtype`."""
+    return skip_what_triton_lacks
+
+
 @pytest.fixture
 def skip_refused(request: pytest.FixtureRequest, device: torch.device) -> Callable[[str], str]:
     def check(impl: str) -> str:
         """`impl`, unless that backend cannot run the module's operator on the device."""
+        skip_what_triton_lacks(impl, request.node.callspec.params.get("dtype", torch.float32))
         operator = request.module.OPERATOR
         refusals = explain(operator, *example(operator, device)).refusals
         if impl in refusals:
@@ -54,7 +68,7 @@ def skip_refused(request: pytest.FixtureRequest, device: torch.device) -> Callab
     return check
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def impl(request: pytest.FixtureRequest, skip_refused: Callable[[str], str]) -> str:
     """Every backend that runs the module's operator on `device`."""
     return skip_refused(request.param)
@@ -73,11 +87,11 @@ def compiled_for(instructions: str) -> Iterator[None]:
     extension.use_instruction_set(before)
 
 
-@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
+@pytest.fixture(params=["reference", "triton", *INSTRUCTION_SETS])
 def build(request: pytest.FixtureRequest, skip_refused: Callable[[str], str]) -> Iterator[str]:
     """Every backend that runs the module's operator on `device`, and every build of the compiled one."""
-    if request.param == "reference":
-        yield "reference"
+    if request.param not in INSTRUCTION_SETS:
+        yield skip_refused(request.param)
         return
     skip_refused("cpu")
     with compiled_for(request.param):

@@ -35,6 +35,20 @@ LARGER_CASES: list[Case] = [
     ((1, 2, 5, 130, 261), (3, 3, 3)),
     ((1, 11, 120, 150), (7, 5)),
 ]
+# Of Triton, whose interpreter is slow: taps that are loaded when needed, taps split among programs, walks along D and H
+# and along neither, in several chunks, channels, rows and columns in several blocks, and a rest of each.
+TRITON_CASES: list[Case] = [
+    ((1, 2, 3, 8, 9), (7, 7, 7)),
+    ((1, 3, 4, 9, 7), (5, 5, 5)),
+    ((2, 3, 9, 40), (7, 7)),
+    ((1, 2, 20, 3), (19, 5)),
+    ((1, 70, 9, 6, 5), (3, 3, 3)),
+    ((2, 3, 37, 6), (3, 3)),
+    ((1, 1, 3, 21, 70), (1, 3, 3)),
+    ((1, 2, 40, 5, 3), (5, 1, 1)),
+    ((1, 2, 3, 40), (1, 3)),
+    ((1, 3, 5, 6), (1, 1)),
+]
 
 
 def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -108,6 +122,20 @@ def test_larger_results_and_gradients_match_float64(
     check_accuracy(make_inputs(case, layout, dtype, device), layout, compiled_build, assert_accurate)
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", TRITON_CASES, ids=str)
+def test_triton_results_and_gradients_match_float64(
+    case: Case,
+    dtype: torch.dtype,
+    layout: Layout,
+    skip_refused: Callable[[str], str],
+    device: torch.device,
+    assert_accurate: Callable[..., None],
+) -> None:
+    check_accuracy(make_inputs(case, layout, dtype, device), layout, skip_refused("triton"), assert_accurate)
+
+
 def check_accuracy(inputs: tuple[Tensor, ...], layout: Layout, impl: str, assert_accurate: Callable[..., None]) -> None:
     exact_inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
     result, eager, exact = depthwise_conv(*inputs, impl=impl), formula(*inputs), formula(*exact_inputs)
@@ -146,7 +174,15 @@ def test_any_shape_in_any_layout(
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("case", [((2, 3, 4, 5), (3, 5)), ((2, 2, 3, 4, 3), (3, 1, 3))], ids=str)
-def test_gradcheck(case: Case, with_bias: bool, layout: Layout, build: str, device: torch.device) -> None:
+def test_gradcheck(
+    case: Case,
+    with_bias: bool,
+    layout: Layout,
+    build: str,
+    device: torch.device,
+    skip_what_triton_lacks: Callable[[str, torch.dtype], None],
+) -> None:
+    skip_what_triton_lacks(build, torch.float64)
     inputs = make_inputs(case, layout, torch.float64, device)
     assert gradcheck(functools.partial(depthwise_conv, impl=build), inputs if with_bias else inputs[:2])
 
@@ -178,6 +214,33 @@ def test_repeats_are_bit_identical(impl: str, device: torch.device) -> None:
     first = run()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("far", range(5), ids=["sample", "channel", "plane", "row", "column"])
+def test_offsets_beyond_2_to_the_31(
+    far: int, impl: str, device: torch.device, assert_accurate: Callable[..., None]
+) -> None:
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 6 << 30:
+        pytest.skip("takes 4 GiB of the GPU")
+    sizes, strides = [2, 3, 3, 3, 3], [81, 1, 27, 9, 3]
+    sizes[far], strides[far] = 2, 2**31 + 8
+    memory = torch.empty(2**31 + 1024, dtype=torch.float16, device=device)  # 4 GiB, of which two pages are touched
+    x, grad = memory.as_strided(sizes, strides), memory.as_strided(sizes, strides, 512)
+    for tensor in (x, grad):
+        tensor.copy_(torch.randn(sizes))
+    weight = torch.randn(sizes[1], 1, 3, 3, 3, dtype=x.dtype, device=device)
+
+    def results(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, weight, grad = inputs
+        leaves = (x.detach().requires_grad_(), weight.detach().requires_grad_())
+        result = function(*leaves, None)
+        return result.detach(), *torch.autograd.grad(result, leaves, grad)
+
+    ours = results(functools.partial(depthwise_conv, impl=impl), x, weight, grad)
+    eager = results(formula, x.contiguous(), weight, grad.contiguous())
+    exact = results(formula, x.double(), weight.double(), grad.double())
+    for r, e, x in zip(ours, eager, exact, strict=True):
+        assert_accurate(r, e, x, factor=3.0)
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last, permuted])
@@ -221,7 +284,20 @@ def test_narrow_dtypes_are_read_and_rounded_like_torch(
             torch.testing.assert_close(depthwise_conv(x, weight, impl=build), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_autocast_lowers_like_torch(impl: str, device: torch.device) -> None:
+def test_bfloat16_is_read_as_it_is(device: torch.device, skip_refused: Callable[[str], str]) -> None:
+    """By its bits, as far as the interpreter can show it: it rounds bfloat16 its own way, but torch rounds this sum."""
+    impl = skip_refused("triton")
+    x, weight, _ = (t.detach() for t in make_inputs(((2, 5, 6, 7), (3, 3)), channels_last, torch.bfloat16, device))
+    inputs = (torch.randn_like(x), x, weight)
+    backward_weight = torch.ops.utnetv2_fast.depthwise_conv_backward_weight
+    exact = backward_weight(*(t.double() for t in inputs), "reference")
+    torch.testing.assert_close(backward_weight(*inputs, impl).double(), exact, rtol=2**-8, atol=1e-5)
+
+
+def test_autocast_lowers_like_torch(
+    impl: str, device: torch.device, skip_what_triton_lacks: Callable[[str, torch.dtype], None]
+) -> None:
+    skip_what_triton_lacks(impl, torch.bfloat16)
     inputs = make_inputs(((2, 8, 6, 10, 8), (3, 3, 3)), device=device)
     lowered = tuple(t.detach().bfloat16().requires_grad_() for t in inputs)
     with torch.autocast(device.type, torch.bfloat16):

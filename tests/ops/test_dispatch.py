@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 
@@ -33,9 +34,67 @@ def assert_refused(operator: Operator, tensors: list[Tensor], impl: str, reason:
     operator(*tensors)
 
 
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @each_operator
-def test_triton_is_refused_where_it_is_not_built(operator: Operator, shapes: Shapes) -> None:
-    assert_refused(operator, [torch.ones(shape) for shape in shapes], "triton", "not built")
+def test_triton_is_refused_on_a_cpu(operator: Operator, shapes: Shapes, no_interpreter: None) -> None:
+    tensors = [torch.ones(shape) for shape in shapes]
+    assert_refused(operator, tensors, "triton", "it computes on a GPU, and these tensors are on cpu")
+
+
+@each_operator
+def test_triton_is_refused_where_it_is_not_installed(
+    operator: Operator, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert_refused(operator, [torch.ones(shape) for shape in shapes], "triton", "triton is not installed")
+
+
+def test_triton_is_refused_on_a_gpu_without_tensor_cores_for_bfloat16(
+    no_interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert dispatch._triton_is_missing_on("cuda:0") == (
+        "its kernels need a GPU of compute capability 8.0 or newer, and Tesla T4 is older"
+    )
+
+
+@pytest.mark.parametrize(
+    ("operator", "shapes", "reason"),
+    [
+        (bidirectional_attention, ((1, 1, 2, 4),) * 2 + ((1, 1, 129, 4),) * 2, "at most 128 tokens, and map_q has 129"),
+        (bidirectional_attention, ((1, 1, 2, 513),) * 2 + ((1, 1, 1, 513),) * 2, "at most 512 channels, and q has 513"),
+        (depthwise_conv, ((1, 1, 2, 3), (1, 1, 19, 19)), "at most 343 taps, and the weight has 361"),
+    ],
+)
+def test_triton_is_refused_beyond_its_limits(operator: Operator, shapes: Shapes, reason: str) -> None:
+    if not dispatch.interprets_triton():
+        pytest.skip("on the CPU only Triton's interpreter gets this far")
+    assert_refused(operator, [torch.ones(shape) for shape in shapes], "triton", reason)
+
+
+@each_operator
+def test_triton_is_never_chosen_on_a_cpu(operator: Operator, shapes: Shapes) -> None:
+    assert explain(operator, *map(torch.ones, shapes)).backend != "triton"
+
+
+def test_triton_is_refused_what_it_was_found_wrong_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_distrusted", set())
+    x, weight = torch.ones(1, 4, 6, 6), torch.ones(4, 1, 3, 3)
+    dispatch.distrust_triton("depthwise_conv", x.device, x.dtype)
+    assert_refused(depthwise_conv, [x, weight], "triton", "its results were found wrong on cpu in torch.float32")
+    assert "wrong" not in explain(depthwise_conv, x.half(), weight.half()).refusals.get("triton", "")
+
+
+@each_operator
+def test_triton_is_refused_float64(operator: Operator, shapes: Shapes) -> None:
+    if not dispatch.interprets_triton():
+        pytest.skip("on the CPU only Triton's interpreter gets this far")
+    assert_refused(operator, [torch.ones(shape).double() for shape in shapes], "triton", "these tensors are float64")
 
 
 @each_operator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,3 +32,19 @@ def test_depthwise_conv_counts_every_tap_of_every_voxel() -> None:
         assert counter.get_total_flops() == torchs.get_total_flops()
         result.sum().backward()
     assert counter.get_total_flops() == 3 * 2 * x.numel() * 9
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_depthwise_separable_conv_counts_both_convolutions(scaled: bool) -> None:
+    x, depthwise_weight = torch.randn(2, 4, 6, 8, device="meta"), torch.randn(4, 1, 3, 5, device="meta")
+    pointwise_weight, moments = torch.randn(7, 4, 1, 1, device="meta"), torch.randn(2, 4, device="meta")
+    with FlopCounterMode(display=False) as torchs:
+        between = torch.nn.functional.conv2d(x, depthwise_weight, padding=(1, 2), groups=4)
+        torch.nn.functional.conv2d(between, pointwise_weight)
+    ops = torch.ops.utnetv2_fast
+    with FlopCounterMode(display=False) as counter:
+        if scaled:
+            ops.scaled_depthwise_separable_conv(x, moments, moments, True, depthwise_weight, pointwise_weight)
+        else:
+            ops.depthwise_separable_conv(x, depthwise_weight, pointwise_weight)
+    assert counter.get_total_flops() == torchs.get_total_flops()

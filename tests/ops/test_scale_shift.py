@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from utnetv2_fast.ops import scale_shift
-from utnetv2_fast.ops.dispatch import choose
 
+OPERATOR = scale_shift
 SHAPES: list[tuple[int, ...]] = [
     (2, 32, 12, 9),
     (1, 5, 7, 8),
@@ -89,12 +89,16 @@ def test_result_and_gradients_match_float64(
     dtype: torch.dtype,
     layout: Layout,
     relu: bool,
+    impl: str,
     device: torch.device,
+    skip_what_triton_lacks: Callable[[str, torch.dtype], None],
     assert_accurate: Callable[..., None],
 ) -> None:
+    skip_what_triton_lacks(impl, dtype)
     inputs = make_inputs(shape, layout, dtype, device)
     exact_inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
-    result, eager, exact = scale_shift(*inputs, relu=relu), formula(*inputs, relu), formula(*exact_inputs, relu)
+    result, eager = scale_shift(*inputs, relu=relu, impl=impl), formula(*inputs, relu)
+    exact = formula(*exact_inputs, relu)
     assert_accurate(result, eager, exact)
     assert result.stride() == torch.empty_like(inputs[0]).stride()
     # Where rounding decides on which side of zero a value lies, no gradient is the right one.
@@ -106,7 +110,7 @@ def test_result_and_gradients_match_float64(
         assert_accurate(r, e, x, factor=3.0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 3),
     st.integers(1, 20),
@@ -116,13 +120,15 @@ def test_result_and_gradients_match_float64(
     st.booleans(),
 )
 def test_any_shape_in_any_layout(
-    b: int, c: int, spatial: list[int], layout: Layout, grad_layout: Layout, relu: bool
+    b: int, c: int, spatial: list[int], layout: Layout, grad_layout: Layout, relu: bool, impl: str, device: torch.device
 ) -> None:
-    inputs = make_inputs((b, c, *spatial), layout)
+    if impl == "triton":  # interpreted, each tile takes milliseconds
+        spatial = [1 + size % 12 for size in spatial]
+    inputs = make_inputs((b, c, *spatial), layout, device=device)
     exact_inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
-    result, exact = scale_shift(*inputs, relu=relu), formula(*exact_inputs, relu)
+    result, exact = scale_shift(*inputs, relu=relu, impl=impl), formula(*exact_inputs, relu)
     torch.testing.assert_close(result.double(), exact, rtol=0, atol=1e-5)
-    grad = grad_layout(torch.randn(b, c, *spatial)) * (exact.abs() > 1e-5)
+    grad = grad_layout(torch.randn(b, c, *spatial, device=device)) * (exact.abs() > 1e-5)
     gradients = torch.autograd.grad(result, inputs, grad)
     for got, want in zip(gradients, torch.autograd.grad(exact, exact_inputs, grad.double()), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
@@ -136,12 +142,12 @@ def test_gradcheck(shape: tuple[int, ...], layout: Layout, relu: bool, device: t
     assert gradcheck(lambda *t: scale_shift(*t, relu=relu), inputs)
 
 
-def test_nan_and_infinity_pass_as_through_relu(device: torch.device) -> None:
+def test_nan_and_infinity_pass_as_through_relu(impl: str, device: torch.device) -> None:
     x = torch.tensor([[[torch.nan, torch.inf, -torch.inf, 0.0, 1.0, -1.0, -0.0, 2.0, -2.0]]], device=device)
     for values in (x, x.expand(1, 9, 9).mT):
         leaf, expected_leaf = (values.clone().requires_grad_() for _ in range(2))
         ones, zeros = torch.ones(values.shape[:2], device=device), torch.zeros(values.shape[:2], device=device)
-        result, expected = scale_shift(leaf, ones, zeros, relu=True), expected_leaf.relu()
+        result, expected = scale_shift(leaf, ones, zeros, relu=True, impl=impl), expected_leaf.relu()
         torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
         gradients = (torch.autograd.grad(r.sum(), t)[0] for r, t in ((result, leaf), (expected, expected_leaf)))
         assert torch.equal(*gradients)
@@ -165,8 +171,42 @@ def test_repeats_and_thread_counts_are_bit_identical(layout: Layout) -> None:
         torch.set_num_threads(threads)
 
 
-def test_saves_nothing_but_its_arguments() -> None:
-    inputs = make_inputs((2, 4, 6, 5))
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_repeats_are_bit_identical(layout: Layout, impl: str, device: torch.device) -> None:
+    inputs = make_inputs((2, 6, 5, 33, 29), layout, device=device)  # several sums for every channel
+    grad = torch.randn_like(inputs[0])
+
+    def run() -> list[Tensor]:
+        result = scale_shift(*inputs, relu=True, impl=impl)
+        return [result, *torch.autograd.grad(result, inputs, grad)]
+
+    first = run()
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3, 4])
+def test_offsets_beyond_two_to_the_31st(axis: int, impl: str, device: torch.device) -> None:
+    size, far = 3, 2**30 + 8
+    strides = [625, 125, 25, 5, 1]
+    strides[axis] = far
+    storage = torch.empty(2 * far + 3200, dtype=torch.float16, device=device)  # of which the view touches 486 values
+    x = storage.as_strided((size,) * 5, strides).copy_(torch.randn((size,) * 5))
+    grad = storage[1600:].as_strided(x.shape, strides).copy_(torch.randn((size,) * 5))
+    scale, shift = torch.randn(2, size, size, device=device).unbind()
+    ops = torch.ops.utnetv2_fast
+    results = ops.scale_shift(x, scale, shift, True, impl), *ops.scale_shift_backward(grad, x, scale, shift, True, impl)
+    near = x.contiguous()
+    expected = (
+        ops.scale_shift(near, scale, shift, True, "reference"),
+        *ops.scale_shift_backward(grad.contiguous(), near, scale, shift, True, "reference"),
+    )
+    for got, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_saves_nothing_but_its_arguments(impl: str, device: torch.device) -> None:
+    inputs = make_inputs((2, 4, 6, 5), device=device)
     saved: list[int] = []
 
     def pack(t: Tensor) -> Tensor:
@@ -174,34 +214,39 @@ def test_saves_nothing_but_its_arguments() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        scale_shift(*inputs, relu=True)
+        scale_shift(*inputs, relu=True, impl=impl)
     assert sorted(saved) == sorted(t.data_ptr() for t in inputs)
 
 
-def test_autocast_changes_nothing(device: torch.device) -> None:
+def test_autocast_changes_nothing(impl: str, device: torch.device) -> None:
     inputs = make_inputs((2, 3, 4, 5), device=device)
     with torch.autocast(device.type, torch.bfloat16):
-        lowered = scale_shift(*inputs)
-    assert torch.equal(lowered, scale_shift(*inputs))
+        lowered = scale_shift(*inputs, impl=impl)
+    assert torch.equal(lowered, scale_shift(*inputs, impl=impl))
 
 
-@pytest.mark.parametrize("impl", ["reference", "auto"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(layout: Layout, dtype: torch.dtype, impl: str, device: torch.device) -> None:
+def test_opcheck(
+    layout: Layout,
+    dtype: torch.dtype,
+    impl: str,
+    device: torch.device,
+    skip_what_triton_lacks: Callable[[str, torch.dtype], None],
+) -> None:
+    skip_what_triton_lacks(impl, dtype)
     ops = torch.ops.utnetv2_fast
     inputs = tuple(t.detach() for t in make_inputs((2, 4, 3, 6, 5), layout, dtype, device))
-    backend = choose("scale_shift", impl, inputs)
-    torch.library.opcheck(ops.scale_shift.default, (*inputs, True, backend))
+    torch.library.opcheck(ops.scale_shift.default, (*inputs, True, impl))
     grad = torch.randn_like(inputs[0])
-    torch.library.opcheck(ops.scale_shift_backward.default, (grad, *inputs, True, backend))
+    torch.library.opcheck(ops.scale_shift_backward.default, (grad, *inputs, True, impl))
 
 
-def test_compiles_whole_with_any_size(device: torch.device) -> None:
+def test_compiles_whole_with_any_size(impl: str, device: torch.device) -> None:
     torch._dynamo.reset()
 
     def step(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return scale_shift(scale_shift(x, scale, scale, relu=True), scale, shift).sin().sum()
+        return scale_shift(scale_shift(x, scale, scale, relu=True, impl=impl), scale, shift, impl=impl).sin().sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in (5, 8, 11):

@@ -63,6 +63,46 @@ def test_resumed_run_is_bit_identical(make_run: MakeRun, cases: Cases, stop_afte
     assert records[0] == records[1]
 
 
+def test_compiled_training_gives_the_same_weights_under_the_same_names(
+    make_run: MakeRun, cases: Cases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_, options = torch.compile, []
+
+    def compile_quickly(model: torch.nn.Module, **given: object) -> Callable[..., object]:
+        options.append(given)
+        return compile_(model, backend="eager", **given)
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    runs = [make_run(name, epochs=2, compile=name == "compiled") for name in ("plain", "compiled")]
+    for run in runs:
+        fit(run, cases)
+    assert options == [{"dynamic": False}]
+    states = [torch.load(run.resume_file, weights_only=True) for run in runs]
+    for expected, actual in (
+        [state["model"] for state in states],
+        [load_file(run.weights_file("last")) for run in runs],
+    ):
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("model_impl", "checks"), [("auto", [(CPU, torch.bfloat16)]), ("reference", [])])
+def test_kernels_are_checked_in_the_dtype_of_the_run(
+    model_impl: str,
+    checks: list[tuple[torch.device, torch.dtype]],
+    make_run: MakeRun,
+    cases: Cases,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked = []
+    monkeypatch.setattr(loop, "check_kernels", lambda *arguments: checked.append(arguments))
+    run = make_run(epochs=1, steps_per_epoch=1, precision="bfloat16")
+    config = run.config
+    run.write_config(config.model_copy(update={"model": config.model.model_copy(update={"impl": model_impl})}))
+    fit(run, cases)
+    assert checked == checks
+
+
 def test_progress_counts_every_step_once(make_run: MakeRun, cases: Cases) -> None:
     seen: list[Progress] = []
     fit(make_run(), cases, watch=seen.append)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from utnetv2_fast.cli.console import Json, console, print_json
@@ -22,7 +23,7 @@ GIB = 2**30
 def doctor(json: Json = False) -> None:
     """Describe the machine, say which backend runs each operator and why not the others, and check their results.
 
-    Exits with 1 when an operator computes something else than its formula in float64.
+    Exits with 1 when an operator fails or computes something else than its formula in float64.
 
     Examples:
 
@@ -39,8 +40,9 @@ def doctor(json: Json = False) -> None:
             console.print(f"{key.replace('_', ' ')}: {value}", highlight=False, soft_wrap=True)
         table = Table("operator", "device", "dtype", "backend", "error", "result")
         for row in operators:
-            error, verdict = f"{row['relative_error']:.1e}", "right" if row["right"] else "WRONG"
-            table.add_row(row["operator"], row["device"], row["dtype"], row["backend"], error, verdict)
+            error = "" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
+            verdict = "right" if row["right"] else f"WRONG: {row['problem']}"
+            table.add_row(row["operator"], row["device"], row["dtype"], row["backend"], error, escape(verdict))
         console.print(table)
         # Operators that are refused for the same reason share a line.
         refused: dict[str, list[str]] = {}
@@ -104,13 +106,13 @@ def _check_operators(device: torch.device) -> list[dict[str, Any]]:
     import torch
 
     from utnetv2_fast.ops.dispatch import explain
-    from utnetv2_fast.ops.self_check import EXAMPLES, example, relative_error, tolerance
+    from utnetv2_fast.ops.self_check import EXAMPLES, check, example
 
     rows = []
     for operator in EXAMPLES:
         for dtype in (torch.float32, torch.bfloat16):
             explanation = explain(operator, *example(operator, device, dtype))
-            error = relative_error(operator, device, dtype)
+            finding = check(operator, device, dtype)
             rows.append(
                 {
                     "operator": explanation.operator,
@@ -118,8 +120,9 @@ def _check_operators(device: torch.device) -> list[dict[str, Any]]:
                     "dtype": str(dtype).removeprefix("torch."),
                     "backend": explanation.backend,
                     "refusals": explanation.refusals,
-                    "relative_error": error,
-                    "right": error <= tolerance(dtype),
+                    "relative_error": finding.error,
+                    "right": finding.problem is None,
+                    "problem": finding.problem,
                 }
             )
     return rows

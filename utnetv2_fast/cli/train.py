@@ -60,6 +60,9 @@ def train(
     precision: Annotated[
         str | None, typer.Option(help="auto, float32 or bfloat16.", show_default="bfloat16 where it is fast")
     ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run training steps through torch.compile, which takes minutes to begin.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
     json: Json = False,
 ) -> None:
@@ -102,6 +105,7 @@ def train(
         learning_rate=learning_rate,
         augmentation=augmentation,
         precision=precision,
+        compile=compile or None,
         seed=seed,
     )
     if resume:

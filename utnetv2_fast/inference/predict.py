@@ -20,6 +20,7 @@ from utnetv2_fast.data.preprocess import preprocess_image, restore_label
 from utnetv2_fast.devices import autocast_dtype, resolve_device
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.inference.sliding_window import Weighting, sliding_window
+from utnetv2_fast.ops.self_check import check_kernels
 from utnetv2_fast.progress import Track, silent
 from utnetv2_fast.training.run_folder import RunFolder, Weights
 
@@ -89,6 +90,8 @@ class Predictor:
         models = [folder.load_model(weights).to(target) for folder in folders]
         exact = any(config.training.precision == "float32" for config in configs)
         autocast = None if exact else autocast_dtype(target)
+        if any(config.model.impl != "reference" for config in configs):
+            check_kernels(target, autocast)
         return cls(models, first.plan, first.patch_size, target, autocast, batch_size, weighting, mirror)
 
     def __call__(self, scan: Scan) -> NDArray[np.uint8]:

@@ -110,9 +110,8 @@ class UTNetV2(nn.Module):
             )
         size = x.shape[2:]
         x = F.pad(x, padding_to_stride(tuple(size), self.config.stride))
-        if self.config.dimensions == 2 or x.device.type == "cpu":
-            # Convolutions hand the layout on. On a CPU it is that of the fastest kernels, torch's and ours: tiny-3d
-            # takes 1.2 s a step in it, 1.7 s without. (A clone: `contiguous` leaves the strides of a single channel.)
+        if self._runs_channels_last(x.device):
+            # Convolutions hand the layout on. (A clone: `contiguous` leaves the strides of a single channel.)
             memory_format = torch.channels_last if self.config.dimensions == 2 else torch.channels_last_3d
             x = x.clone(memory_format=memory_format)
         crop = (slice(None), slice(None), *(slice(n) for n in size))
@@ -120,6 +119,18 @@ class UTNetV2(nn.Module):
         if self.auxiliary_head is not None and self.training:
             return logits[crop], resize_like(self.auxiliary_head(auxiliary), x)[crop]
         return logits[crop]
+
+    def _runs_channels_last(self, device: torch.device) -> bool:
+        """Always in 2D; in 3D on a CPU, and on a GPU unless it is to run plain PyTorch.
+
+        On a CPU it is the layout of the fastest kernels, torch's and ours: tiny-3d takes 1.2 s a step in it, 1.7 s
+        without. On a GPU that is not measured yet. Our kernels read either layout at full width there, a convolution of
+        one tap is a product of matrices in this one, and cuDNN's convolutions on tensor cores work in it: others saw
+        them convert channels-first volumes there and back (github.com/ModelTC/LightX2V/pull/860).
+        """
+        if self.config.dimensions == 2 or device.type == "cpu":
+            return True
+        return device.type == "cuda" and self.config.impl != "reference"
 
     def _forward_padded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the token map of level 2 that the auxiliary head reads."""

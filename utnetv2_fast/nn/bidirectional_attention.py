@@ -108,8 +108,8 @@ class BidirectionalAttentionBlock(nn.Module):
     def forward(self, x: Tensor, semantic_map: Tensor) -> tuple[Tensor, Tensor | None]:
         semantic_map_ = self.map_norm(semantic_map)
         if fuses(self.token_norm, x, self.impl):
-            x, moments = through_moments(self.token_norm, x)
-            qv = conv_of_norm(self.token_norm, self.attention.token_qv, x, moments)
+            x, moments = through_moments(self.token_norm, x, self.impl)
+            qv = conv_of_norm(self.token_norm, self.attention.token_qv, x, moments, impl=self.impl)
             out, map_update = self.attention.attend(qv, semantic_map_)
             shortcut = self.shortcut.of_moments(x, moments) if isinstance(self.shortcut, NormActConv) else x
         else:

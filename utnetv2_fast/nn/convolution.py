@@ -77,9 +77,11 @@ def weights_of(conv: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return None, conv.weight
 
 
-def conv_of_norm(norm: nn.Module, conv: nn.Module, x: Tensor, moments: Moments | None, *, relu: bool = False) -> Tensor:
+def conv_of_norm(
+    norm: nn.Module, conv: nn.Module, x: Tensor, moments: Moments | None, *, relu: bool = False, impl: Impl
+) -> Tensor:
     """`conv` of [ReLU of] `norm` of x, which has these moments; only where the norm fuses."""
-    return normalised_conv(x, *scale_and_shift(norm, moments, x), *weights_of(conv), relu=relu)
+    return normalised_conv(x, *scale_and_shift(norm, moments, x), *weights_of(conv), relu=relu, impl=impl)
 
 
 class NormActConv(nn.Sequential):
@@ -107,11 +109,12 @@ class NormActConv(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if not self.fuses(x):
             return self.conv(self.act(self.norm(x)))
-        return self.of_moments(*through_moments(self.norm, x))
+        return self.of_moments(*through_moments(self.norm, x, self.impl))
 
     def of_moments(self, x: Tensor, moments: Moments | None) -> Tensor:
         """The same of an x whose moments others need too; only where this fuses."""
-        return conv_of_norm(self.norm, self.conv, x, moments, relu=isinstance(self.act, nn.ReLU))
+        relu = isinstance(self.act, nn.ReLU)
+        return conv_of_norm(self.norm, self.conv, x, moments, relu=relu, impl=self.impl)
 
 
 class ResidualBlock(nn.Module):
@@ -136,7 +139,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.conv1.fuses(x):
             return self.conv2(self.conv1(x)) + self.shortcut(x)
-        x, moments = through_moments(self.conv1.norm, x)
+        x, moments = through_moments(self.conv1.norm, x, self.conv1.impl)
         out = self.conv2(self.conv1.of_moments(x, moments))
         return out + (self.shortcut.of_moments(x, moments) if isinstance(self.shortcut, NormActConv) else x)
 
@@ -165,6 +168,7 @@ class MBConv(nn.Module):
         self, channels: int, kernel_size: tuple[int, ...], expansion: int, norm: Norm, *, impl: Impl = "auto"
     ) -> None:
         super().__init__()
+        self.impl: Impl = impl
         hidden, dimensions, ones = channels * expansion, len(kernel_size), (1,) * len(kernel_size)
 
         def norm_conv(in_channels: int, conv: nn.Module, *, act: bool = True) -> NormActConv:
@@ -178,15 +182,15 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.expand.fuses(x):
             return x + self.project(self.excite(self.depthwise(self.expand(x))))
-        x, moments = through_moments(self.expand.norm, x)
+        x, moments = through_moments(self.expand.norm, x, self.impl)
         return x + self._project_excited(self.depthwise(self.expand.of_moments(x, moments)))
 
     def _project_excited(self, x: Tensor) -> Tensor:
         """Squeeze-excite and project in one: gate * x has moments that follow from those of x and the gate."""
-        x, mean, variance = ops.through_channel_moments(x, impl="cpu")
+        x, mean, variance = ops.through_channel_moments(x, impl=self.impl)
         gate = (
             self.excite.gate(mean.view(*mean.shape, *[1] * (x.ndim - 2)).to(x.dtype)).flatten(1).to(mean.dtype)
         )  # (B, C)
         gated_moments = (gate * mean, gate.square() * variance)
         scale, shift = scale_and_shift(self.project.norm, gated_moments, x)
-        return normalised_conv(x, gate * scale, shift, *weights_of(self.project.conv), relu=False)
+        return normalised_conv(x, gate * scale, shift, *weights_of(self.project.conv), relu=False, impl=self.impl)

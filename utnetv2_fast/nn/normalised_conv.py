@@ -1,4 +1,4 @@
-"""Normalisation, ReLU and convolution in one, for a CPU: backward computes what lies between them again.
+"""Normalisation, ReLU and convolution in one: backward computes what lies between them again.
 
 A normalisation is a scale and a shift of every channel of every sample, made of the channel's moments by arithmetic on
 (B, C) that autograd differentiates. So batch norm, instance norm, and a gate that another factor multiplies in are one
@@ -22,7 +22,6 @@ from utnetv2_fast.ops.dispatch import Impl, choose
 
 Moments = tuple[Tensor, Tensor]  # mean and biased variance, (B, C) each
 
-_BACKEND: Impl = "cpu"
 _scale_shift = torch.ops.utnetv2_fast.scale_shift.default
 _scale_shift_backward = torch.ops.utnetv2_fast.scale_shift_backward.default
 _depthwise_conv = torch.ops.utnetv2_fast.depthwise_conv.default
@@ -33,16 +32,14 @@ _scaled_depthwise_conv_backward_weight = torch.ops.utnetv2_fast.scaled_depthwise
 
 def fuses(norm: nn.Module, x: Tensor, impl: Impl) -> bool:
     """Whether `norm` of `x` and the convolution behind it run as `normalised_conv`, else as the modules they are."""
-    if impl not in ("auto", "cpu") or choose("scale_shift", impl, (x,)) != _BACKEND:
-        return False
-    return isinstance(norm, _NormBase) and x.ndim in (4, 5)
+    return isinstance(norm, _NormBase) and x.ndim in (4, 5) and choose("scale_shift", impl, (x,)) != "reference"
 
 
-def through_moments(norm: nn.Module, x: Tensor) -> tuple[Tensor, Moments | None]:
+def through_moments(norm: nn.Module, x: Tensor, impl: Impl) -> tuple[Tensor, Moments | None]:
     """`x`, to be used from here on, and its moments; None where `norm` uses the running ones."""
     if isinstance(norm, _BatchNorm) and not norm.training:
         return x, None
-    x, mean, variance = ops.through_channel_moments(x, impl=_BACKEND)
+    x, mean, variance = ops.through_channel_moments(x, impl=impl)
     return x, (mean, variance)
 
 
@@ -100,6 +97,7 @@ def normalised_conv(
     dense_weight: Tensor | None,
     *,
     relu: bool,
+    impl: Impl,
 ) -> Tensor:
     """Convolve [ReLU of] x * scale + shift depthwise, then densely; None leaves one of the two out.
 
@@ -108,6 +106,7 @@ def normalised_conv(
         scale, shift: (B, C), float32; float64 for float64.
         depthwise_weight: (C, 1, *k) or None.
         dense_weight: (C_out, C, *k) or None. All k are odd; stride 1, zero 'same' padding.
+        impl: backend of everything but the dense convolution, which is torch's.
 
     Returns:
         (B, C_out, *spatial). The dtype is that of the weights, which autocast lowers. For backward nothing but the
@@ -116,7 +115,7 @@ def normalised_conv(
     if (dtype := autocast_dtype(x)) is not None:
         depthwise_weight = None if depthwise_weight is None else lowered(depthwise_weight, dtype)
         dense_weight = None if dense_weight is None else lowered(dense_weight, dtype)
-    return _NormalisedConv.apply(x, scale, shift, depthwise_weight, dense_weight, relu)
+    return _NormalisedConv.apply(x, scale, shift, depthwise_weight, dense_weight, relu, impl)
 
 
 class _NormalisedConv(torch.autograd.Function):
@@ -129,31 +128,32 @@ class _NormalisedConv(torch.autograd.Function):
         depthwise_weight: Tensor | None,
         dense_weight: Tensor | None,
         relu: bool,
+        impl: Impl,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, shift, depthwise_weight, dense_weight)
-        ctx.relu = relu
+        ctx.relu, ctx.impl = relu, impl
         if depthwise_weight is None:
             assert dense_weight is not None
-            return dense_conv(_normalised(x, scale, shift, relu, dense_weight.dtype), dense_weight)
-        out = _depthwise(x, scale, shift, relu, depthwise_weight)
+            return dense_conv(_normalised(x, scale, shift, relu, dense_weight.dtype, impl), dense_weight)
+        out = _depthwise(x, scale, shift, relu, depthwise_weight, impl)
         return out if dense_weight is None else dense_conv(out, dense_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, depthwise_weight, dense_weight = ctx.saved_tensors
-        relu = ctx.relu
+        relu, impl = ctx.relu, ctx.impl
         need_depthwise, need_dense = ctx.needs_input_grad[3:5]
         need_x = any(ctx.needs_input_grad[:3])
         grad_y: Tensor | None
         grad_depthwise = grad_dense = None
         if depthwise_weight is None:
-            y = _normalised(x, scale, shift, relu, dense_weight.dtype)
+            y = _normalised(x, scale, shift, relu, dense_weight.dtype, impl)
             grad_y, grad_dense = dense_conv_backward(grad, y, dense_weight, need_x=need_x, need_weight=need_dense)
             del y
         else:
             if dense_weight is not None:
-                between = _depthwise(x, scale, shift, relu, depthwise_weight)
+                between = _depthwise(x, scale, shift, relu, depthwise_weight, impl)
                 grad_between, grad_dense = dense_conv_backward(
                     grad, between, dense_weight, need_x=True, need_weight=need_dense
                 )
@@ -161,22 +161,24 @@ class _NormalisedConv(torch.autograd.Function):
                 assert grad_between is not None
                 grad = grad_between
             grad_y, grad_depthwise = _depthwise_backward(
-                grad, x, scale, shift, relu, depthwise_weight, need_x, need_depthwise
+                grad, x, scale, shift, relu, depthwise_weight, impl, need_x, need_depthwise
             )
         if grad_y is None:
-            return None, None, None, grad_depthwise, grad_dense, None
-        gradients = _scale_shift_backward(grad_y.to(x.dtype), x, scale, shift, relu, _BACKEND)
-        return (*gradients, grad_depthwise, grad_dense, None)
+            return None, None, None, grad_depthwise, grad_dense, None, None
+        backend = choose("scale_shift", impl, (x,))
+        gradients = _scale_shift_backward(grad_y.to(x.dtype), x, scale, shift, relu, backend)
+        return (*gradients, grad_depthwise, grad_dense, None, None)
 
 
-def _normalised(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, dtype: torch.dtype) -> Tensor:
-    return _scale_shift(x, scale, shift, relu, _BACKEND).to(dtype)
+def _normalised(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, dtype: torch.dtype, impl: Impl) -> Tensor:
+    return _scale_shift(x, scale, shift, relu, choose("scale_shift", impl, (x,))).to(dtype)
 
 
-def _depthwise(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
+def _depthwise(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: Impl) -> Tensor:
     if x.dtype == weight.dtype:
-        return _scaled_depthwise_conv(x, scale, shift, relu, weight, _BACKEND)
-    return _depthwise_conv(_normalised(x, scale, shift, relu, weight.dtype), weight, None, _BACKEND)
+        return _scaled_depthwise_conv(x, scale, shift, relu, weight, choose("depthwise_conv", impl, (x, weight)))
+    y = _normalised(x, scale, shift, relu, weight.dtype, impl)
+    return _depthwise_conv(y, weight, None, choose("depthwise_conv", impl, (y, weight)))
 
 
 def _depthwise_backward(
@@ -186,17 +188,19 @@ def _depthwise_backward(
     shift: Tensor,
     relu: bool,
     weight: Tensor,
+    impl: Impl,
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of [ReLU of] x * scale + shift and of weight, those of the two that are needed."""
+    backend = choose("depthwise_conv", impl, (grad, weight))
     grad_y = grad_weight = None
     if need_weight:
         if x.dtype == weight.dtype:
-            grad_weight = _scaled_depthwise_conv_backward_weight(grad, x, scale, shift, relu, weight, _BACKEND)
+            grad_weight = _scaled_depthwise_conv_backward_weight(grad, x, scale, shift, relu, weight, backend)
         else:
-            y = _normalised(x, scale, shift, relu, weight.dtype)
-            grad_weight = _depthwise_conv_backward_weight(grad, y, weight, _BACKEND)
+            y = _normalised(x, scale, shift, relu, weight.dtype, impl)
+            grad_weight = _depthwise_conv_backward_weight(grad, y, weight, backend)
     if need_x:
-        grad_y = _depthwise_conv(grad, weight.flip(tuple(range(2, x.ndim))), None, _BACKEND)
+        grad_y = _depthwise_conv(grad, weight.flip(tuple(range(2, x.ndim))), None, backend)
     return grad_y, grad_weight

@@ -33,8 +33,8 @@ def _reduced(norm: nn.Module, conv: nn.Module, x: Tensor, impl: Impl) -> Tensor:
     """`conv` of `norm` of x."""
     if not fuses(norm, x, impl):
         return conv(norm(x))
-    x, moments = through_moments(norm, x)
-    return conv_of_norm(norm, conv, x, moments)
+    x, moments = through_moments(norm, x, impl)
+    return conv_of_norm(norm, conv, x, moments, impl=impl)
 
 
 class Stem(nn.Module):

@@ -5,6 +5,10 @@ Everything here is plain Python on dtypes, shapes and devices, so that Dynamo tr
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,6 +22,11 @@ from utnetv2_fast.ops.extension import load_extension
 
 Impl = Literal["auto", "reference", "cpu", "triton"]
 BACKENDS = ("triton", "cpu", "reference")  # fastest first
+# What the Triton kernels hold on chip.
+MAP_TOKENS_OF_TRITON = 128
+HEAD_CHANNELS_OF_TRITON = 512
+TAPS_OF_TRITON = 343
+
 OPERATORS = (
     "bidirectional_attention",
     "channel_moments",
@@ -31,7 +40,7 @@ OPERATORS = (
 def refusal(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why `backend` cannot run `operator` on `tensors`; None when it can."""
     if backend == "triton":
-        return "the Triton kernels are not built in this version"
+        return _refused_by_triton(operator, tensors)
     if backend == "cpu":
         elsewhere = next((t.device for t in tensors if t.device.type != "cpu"), None)
         if elsewhere is not None:
@@ -61,12 +70,62 @@ def _extension_is_missing() -> str | None:
     return None
 
 
+def _refused_by_triton(operator: str, tensors: tuple[Tensor, ...]) -> str | None:
+    x = tensors[0]
+    if operator == "conv_backward_weight":
+        return "it has no kernel for dense convolutions: on a GPU torch's own are the fast ones"
+    if (operator, str(x.device), x.dtype) in _distrusted:
+        return f"its results were found wrong on {x.device} in {x.dtype} (`utnetv2-fast doctor` shows them)"
+    if (reason := _triton_is_missing_on(str(x.device))) is not None:
+        return reason
+    if x.dtype == torch.float64:
+        return "its kernels compute in float32, and these tensors are float64"
+    if operator == "bidirectional_attention" and (l := tensors[2].shape[2]) > MAP_TOKENS_OF_TRITON:
+        return f"its kernels hold a semantic map of at most {MAP_TOKENS_OF_TRITON} tokens, and map_q has {l}"
+    if operator == "bidirectional_attention" and (d := x.shape[3]) > HEAD_CHANNELS_OF_TRITON:
+        return f"its kernels take heads of at most {HEAD_CHANNELS_OF_TRITON} channels, and q has {d}"
+    if operator.startswith("depthwise") and (taps := math.prod(tensors[1].shape[2:])) > TAPS_OF_TRITON:
+        return f"its kernels take convolutions of at most {TAPS_OF_TRITON} taps, and the weight has {taps}"
+    return None
+
+
+def _triton_is_missing_on(device: str) -> str | None:
+    """Why no Triton kernel can run on `device`, whatever the operator."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    kind = torch.device(device).type
+    if interprets_triton():
+        return None if kind == "cpu" else f"its interpreter (TRITON_INTERPRET=1) works on the CPU, not on {device}"
+    if kind != "cuda":
+        return f"it computes on a GPU, and these tensors are on {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"its kernels need a GPU of compute capability 8.0 or newer, and {name} is older"
+    return None
+
+
+def interprets_triton() -> bool:
+    """Whether Triton's kernels run in its interpreter, on tensors of the CPU: for tests, never chosen by "auto"."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_distrusted: set[tuple[str, str, torch.dtype]] = set()
+
+
+def distrust_triton(operator: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse the Triton kernels of `operator` on this device in this dtype from now on: a check found them wrong."""
+    _distrusted.add((operator, str(device), dtype))
+
+
 # What `torch.compiler.assume_constant_result` does, without importing Dynamo, and Triton with it, for it.
 _extension_is_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_triton_is_missing_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(backend: str) -> ModuleType:
     """The module that holds the operators of `backend`."""
+    if backend == "triton":
+        return importlib.import_module("utnetv2_fast.ops.triton")
     return {"reference": reference, "cpu": cpu}[backend]
 
 
@@ -76,9 +135,9 @@ def choose(operator: str, impl: str, tensors: tuple[Tensor, ...]) -> str:
     Raises ValueError for an unknown name and NotImplementedError when the named backend cannot run these tensors.
     """
     if impl == "auto":
-        for backend in BACKENDS:
-            if refusal(backend, operator, tensors) is None:
-                return backend
+        # On a CPU Triton could only be interpreted.
+        backends = BACKENDS[1:] if tensors[0].device.type == "cpu" else BACKENDS
+        return next(backend for backend in backends if refusal(backend, operator, tensors) is None)
     if impl not in BACKENDS:
         raise ValueError(f"impl must be one of 'auto', 'reference', 'cpu', 'triton', not {impl!r}")
     reason = refusal(impl, operator, tensors)

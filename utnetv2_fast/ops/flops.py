@@ -82,3 +82,24 @@ def _scaled_depthwise_conv(
 @register_flop_formula(_ops.scaled_depthwise_conv_backward_weight)
 def _scaled_depthwise_conv_backward_weight(grad_shape: Sequence[int], *rest: Any, **__: Any) -> int:
     return _scaled_depthwise_conv(*rest)
+
+
+@register_flop_formula(_ops.depthwise_separable_conv)
+def _depthwise_separable_conv(
+    x_shape: Sequence[int], depthwise_shape: Sequence[int], pointwise_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(x_shape) * (math.prod(depthwise_shape[2:]) + pointwise_shape[0])
+
+
+@register_flop_formula(_ops.scaled_depthwise_separable_conv)
+def _scaled_depthwise_separable_conv(
+    x_shape: Sequence[int],
+    scale_shape: Sequence[int],
+    shift_shape: Sequence[int],
+    relu: bool,
+    depthwise_shape: Sequence[int],
+    pointwise_shape: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    return _depthwise_separable_conv(x_shape, depthwise_shape, pointwise_shape)

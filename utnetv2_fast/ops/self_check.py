@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from utnetv2_fast.ops.bidirectional_attention import bidirectional_attention
-from utnetv2_fast.ops.channel_moments import channel_moments
+from utnetv2_fast.ops.channel_moments import channel_moments, through_channel_moments
 from utnetv2_fast.ops.depthwise_conv import depthwise_conv
 from utnetv2_fast.ops.depthwise_separable_conv import depthwise_separable_conv
+from utnetv2_fast.ops.dispatch import Impl, choose, distrust_triton, explain
 from utnetv2_fast.ops.scale_shift import scale_shift
 
-Operator = Callable[..., Tensor | tuple[Tensor, Tensor | None]]
+Operator = Callable[..., Tensor | tuple[Tensor | None, ...]]
 
 # Shapes of the tensor arguments: ACDC's in small.
 EXAMPLES: dict[Operator, tuple[tuple[int, ...], ...]] = {
@@ -22,6 +26,25 @@ EXAMPLES: dict[Operator, tuple[tuple[int, ...], ...]] = {
     depthwise_conv: ((1, 16, 6, 10, 12), (16, 1, 3, 3, 3)),
     depthwise_separable_conv: ((1, 16, 6, 10, 12), (16, 1, 1, 3, 3), (24, 16, 1, 1, 1)),
     scale_shift: ((1, 16, 6, 10, 12), (1, 16), (1, 16)),
+}
+
+
+@torch.no_grad()
+def _scaled_depthwise_conv(x: Tensor, weight: Tensor, *, impl: Impl) -> tuple[Tensor, Tensor]:
+    """What normalising modules call in place of `depthwise_conv`: result and gradient of the weight."""
+    ops, backend = torch.ops.utnetv2_fast, choose("depthwise_conv", impl, (x, weight))
+    parameter = torch.linspace(-1, 1, x.shape[0] * x.shape[1]).view(x.shape[:2])
+    parameter = parameter.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    arguments = (x, 2 * parameter, parameter, True, weight, backend)
+    return ops.scaled_depthwise_conv(*arguments), ops.scaled_depthwise_conv_backward_weight(x, *arguments)
+
+
+# Further uses of an operator that run kernels of their own, on the same arguments.
+_OTHER_USES: dict[Operator, Operator] = {
+    bidirectional_attention: functools.partial(bidirectional_attention, need_map=False),
+    channel_moments: through_channel_moments,
+    depthwise_conv: _scaled_depthwise_conv,
+    scale_shift: functools.partial(scale_shift, relu=True),
 }
 
 
@@ -37,22 +60,88 @@ def example(operator: Operator, device: torch.device, dtype: torch.dtype = torch
     )
 
 
-def relative_error(operator: Operator, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest error of any result or gradient against float64 on the CPU, as a share of its largest value."""
+def relative_error(operator: Operator, device: torch.device, dtype: torch.dtype, impl: Impl = "auto") -> float:
+    """Largest error of any result or gradient against float64 on the CPU, as a share of its largest value; NaN counts.
+
+    Of the operator itself and of its other uses.
+    """
     inputs = example(operator, device, dtype)
-    exact = _results_and_gradients(operator, tuple(t.cpu().double() for t in inputs), "reference")
-    results = _results_and_gradients(operator, inputs, "auto")
-    return max(float((r.cpu().double() - e).abs().max() / e.abs().max()) for r, e in zip(results, exact, strict=True))
+    exact_inputs = tuple(t.cpu().double() for t in inputs)
+    errors = []
+    for use in (operator, _OTHER_USES.get(operator)):
+        if use is not None:
+            exact = _results_and_gradients(use, exact_inputs, "reference")
+            results = _results_and_gradients(use, inputs, impl)
+            errors += [(r.cpu().double() - e).abs().max() / e.abs().max() for r, e in zip(results, exact, strict=True)]
+    return float(torch.stack(errors).max())  # not Python's max, which may pass over NaN
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """What `relative_error` may be: some roundings of the dtype."""
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """What `relative_error` may be: some roundings of the dtype, or of TF32 where torch may multiply float32 in it."""
+    multiplies_tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    if device.type == "cuda" and dtype == torch.float32 and multiplies_tf32:
+        return 16 * 2**-10
     return 16 * torch.finfo(dtype).eps
 
 
-def _results_and_gradients(operator: Operator, inputs: tuple[Tensor, ...], impl: str) -> list[Tensor]:
+def _results_and_gradients(operator: Operator, inputs: tuple[Tensor, ...], impl: Impl) -> list[Tensor]:
     inputs = tuple(t.detach().requires_grad_() for t in inputs)
     returned = operator(*inputs, impl=impl)
     results = [r for r in (returned if isinstance(returned, tuple) else (returned,)) if r is not None]
-    gradients = torch.autograd.grad(results, inputs, [torch.ones_like(r) for r in results])
-    return [*(r.detach() for r in results), *gradients]
+    differentiable = [r for r in results if r.requires_grad]
+    gradients: tuple[Tensor | None, ...] = ()
+    if differentiable:
+        ones = [torch.ones_like(r) for r in differentiable]
+        gradients = torch.autograd.grad(differentiable, inputs, ones, allow_unused=True)
+    return [*(r.detach() for r in results), *(g for g in gradients if g is not None)]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of an operator's check: its error (None if it raised), and what is wrong (None if nothing is)."""
+
+    error: float | None
+    problem: str | None
+
+
+def check(operator: Operator, device: torch.device, dtype: torch.dtype, impl: Impl = "auto") -> Finding:
+    """Compare `operator` with its reference."""
+    try:
+        error = relative_error(operator, device, dtype, impl)
+    except Exception as raised:  # whatever a compiler or a driver makes of a kernel
+        return Finding(None, f"{type(raised).__name__}: {raised}".splitlines()[0])
+    if error <= tolerance(dtype, device):
+        return Finding(error, None)
+    return Finding(error, f"off by {error:.1e} of the largest value")
+
+
+@functools.cache
+def distrust_wrong_kernels(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
+    """Check all that Triton can run on `device` in `dtype`, and refuse it the operators that are wrong from now on.
+
+    Returns the name and the problem of each of them.
+    """
+    wrong = []
+    for operator in EXAMPLES:
+        inputs = example(operator, device, dtype)
+        explanation = explain(operator, *inputs)
+        if "triton" in explanation.refusals:
+            continue
+        problem = check(operator, device, dtype, "triton").problem
+        if problem is not None:
+            distrust_triton(explanation.operator, inputs[0].device, dtype)
+            wrong.append((explanation.operator, problem))
+    return tuple(wrong)
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype | None) -> None:
+    """For the start of a run in `dtype` (None is float32): on a GPU, use no Triton kernel that is wrong there.
+
+    It may meet this chip or this version of Triton for the first time. A warning names each operator that does without.
+    """
+    if device.type != "cuda":
+        return
+    dtype = dtype or torch.float32
+    for operator, problem in distrust_wrong_kernels(device, dtype):
+        message = f"{operator} runs without its Triton kernels, which are wrong on {device} in {dtype}: {problem}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -29,6 +29,7 @@ class TrainingConfig(BaseModel):
     foreground_fraction: float = Field(default=1 / 3, ge=0, le=1, description="share of patches forced to foreground")
     augmentation: Literal["none", "paper", "nnunet", "nnunet-no-mirroring"] = "nnunet"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = Field(default=False, description="torch.compile the network's training steps")
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @property

@@ -21,6 +21,7 @@ from utnetv2_fast.devices import autocast_dtype
 from utnetv2_fast.errors import InputError, RunError
 from utnetv2_fast.files import atomic_write
 from utnetv2_fast.models import UTNetV2
+from utnetv2_fast.ops.self_check import check_kernels
 from utnetv2_fast.training.config import TrainingConfig
 from utnetv2_fast.training.losses import supervised_loss
 from utnetv2_fast.training.run_folder import RunConfig, RunFolder
@@ -129,9 +130,13 @@ def train(
         _load(run, state)
     run.keep_metrics_before(state.epoch)
     dtype = training_dtype(settings, device)
+    if config.model.impl != "reference":
+        check_kernels(device, dtype)
     weights = torch.ones(config.model.num_classes, device=device)
     weights[0] = settings.background_weight
     batch = _batches(config, train_cases, device)
+    # The parameters stay the model's own, under their own names; sizes never change.
+    network = torch.compile(state.model, dynamic=False) if settings.compile else state.model
     fit_norms = _norm_fitting(settings, batch, device, dtype)
     validate = _validation(config, validation_cases, device, dtype)
     dice: float | None = None
@@ -144,7 +149,7 @@ def train(
         total = 0.0
         for image, label, cases in itertools.islice(prefetched, settings.steps_per_epoch):
             rate = state.schedule.get_last_lr()[0]
-            loss = _step(state, image, label, cases, weights, settings, dtype)
+            loss = _step(state, network, image, label, cases, weights, settings, dtype)
             total += loss
             step = state.schedule.last_epoch
             elapsed = time.perf_counter() - started
@@ -217,6 +222,7 @@ def _batches(
 
 def _step(
     state: _State,
+    network: Callable[[Tensor], Any],
     image: Tensor,
     label: Tensor,
     cases: tuple[str, ...],
@@ -224,9 +230,9 @@ def _step(
     settings: TrainingConfig,
     dtype: torch.dtype | None,
 ) -> float:
-    """One optimiser step; the loss."""
+    """One optimiser step on `network`, which is the state's model as it is run; the loss."""
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
-        outputs = state.model(image)
+        outputs = network(image)
     loss = supervised_loss(outputs, label, class_weights, settings.auxiliary_weight)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)

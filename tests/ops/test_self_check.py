@@ -1,0 +1,108 @@
+"""The check of this machine's kernels finds every wrong one, and then nothing runs it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from utnetv2_fast.ops import channel_moments, dispatch, explain, scale_shift, self_check
+from utnetv2_fast.ops.self_check import EXAMPLES, check, check_kernels, distrust_wrong_kernels, example
+
+USED_BY = {"token_attention": "bidirectional_attention", "scaled_depthwise_conv": "depthwise_conv"}
+
+
+@pytest.fixture
+def triton(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module of the Triton operators, all trusted, and only the two quick ones to be checked."""
+    refusals = explain(scale_shift, *example(scale_shift, device)).refusals
+    if "triton" in refusals:
+        pytest.skip(refusals["triton"])
+    monkeypatch.setattr(dispatch, "_distrusted", set())
+    monkeypatch.setattr(
+        self_check, "EXAMPLES", {operator: EXAMPLES[operator] for operator in (channel_moments, scale_shift)}
+    )
+    distrust_wrong_kernels.cache_clear()
+    yield importlib.import_module("utnetv2_fast.ops.triton")
+    distrust_wrong_kernels.cache_clear()
+
+
+def scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        results = function(*arguments)
+        return tuple(r * factor for r in results) if isinstance(results, tuple) else results * factor
+
+    return run
+
+
+def failing(*_: object) -> Tensor:
+    raise RuntimeError("no kernel image is available\nfor this chip")
+
+
+def test_right_kernels_stay_trusted(triton: ModuleType, device: torch.device) -> None:
+    assert distrust_wrong_kernels(device, torch.float32) == ()
+    assert "triton" not in explain(scale_shift, *example(scale_shift, device)).refusals
+
+
+@pytest.mark.parametrize(
+    ("replace", "problem"),
+    [
+        (lambda right: scaled(right, 1.1), "off by 1.0e-01 of the largest value"),
+        (lambda right: scaled(right, torch.nan), "off by nan"),
+        (lambda right: failing, "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_a_wrong_kernel_is_never_run_again(
+    replace: Callable[..., Any], problem: str, triton: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "scale_shift", replace(triton.scale_shift))
+    [(operator, found)] = distrust_wrong_kernels(device, torch.float32)
+    assert operator == "scale_shift"
+    assert found.startswith(problem)
+    inputs = example(scale_shift, device)
+    explanation = explain(scale_shift, *inputs)
+    assert "found wrong" in explanation.refusals["triton"]
+    assert explanation.backend != "triton"
+    with pytest.raises(NotImplementedError, match="found wrong"):
+        scale_shift(*inputs, impl="triton")
+    # What was not found wrong is as it was: the other operators, and this one in another dtype.
+    assert "triton" not in explain(channel_moments, inputs[0]).refusals
+    assert "triton" not in explain(scale_shift, *example(scale_shift, device, torch.float16)).refusals
+
+
+def test_every_kernel_is_checked(triton: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    operators = {operator.__name__: operator for operator in EXAMPLES}
+    for operator in operators.values():
+        assert check(operator, device, torch.float32, "triton").problem is None
+    for name in triton.__all__:
+        used_by = name.removesuffix("_weight").removesuffix("_backward")
+        with monkeypatch.context() as patch:
+            patch.setattr(triton, name, scaled(getattr(triton, name), 1.1))
+            finding = check(operators[USED_BY.get(used_by, used_by)], device, torch.float32, "triton")
+        assert finding.problem is not None, name
+
+
+def test_a_run_on_a_gpu_warns_of_wrong_kernels(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    asked = []
+
+    def found(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
+        asked.append((device, dtype))
+        return (("scale_shift", "off by 1"),) if dtype == torch.bfloat16 else ()
+
+    monkeypatch.setattr(self_check, "distrust_wrong_kernels", found)
+    gpu = torch.device("cuda", 0)
+    check_kernels(torch.device("cpu"), torch.bfloat16)
+    check_kernels(gpu, None)
+    assert asked == [(gpu, torch.float32)]
+    assert not recwarn
+    with pytest.warns(
+        RuntimeWarning, match=r"^scale_shift runs without its Triton kernels.* cuda:0 .*bfloat16: off by 1"
+    ):
+        check_kernels(gpu, torch.bfloat16)
