@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-
-import utnetv2_fast
-
-# In a checkout that is not installed, kernels/ lies beside the package instead of in it.
-utnetv2_fast.__path__.append(str(Path(__file__).parent))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
