@@ -14,7 +14,11 @@ from torch import Tensor
 from utnetv2_fast.ops import channel_moments, dispatch, explain, scale_shift, self_check
 from utnetv2_fast.ops.self_check import EXAMPLES, check, check_kernels, distrust_wrong_kernels, example
 
-USED_BY = {"token_attention": "bidirectional_attention", "scaled_depthwise_conv": "depthwise_conv"}
+USED_BY = {
+    "token_attention": "bidirectional_attention",
+    "scaled_depthwise_conv": "depthwise_conv",
+    "scaled_depthwise_separable_conv": "depthwise_separable_conv",
+}
 
 
 @pytest.fixture
@@ -76,6 +80,7 @@ def test_a_wrong_kernel_is_never_run_again(
 
 
 def test_every_kernel_is_checked(triton: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "EXAMPLES", EXAMPLES)
     operators = {operator.__name__: operator for operator in EXAMPLES}
     for operator in operators.values():
         assert check(operator, device, torch.float32, "triton").problem is None

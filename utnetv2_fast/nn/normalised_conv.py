@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from utnetv2_fast import ops
 from utnetv2_fast.ops.arguments import autocast_dtype, lowered
 from utnetv2_fast.ops.dense_conv import dense_conv, dense_conv_backward
+from utnetv2_fast.ops.depthwise_separable_conv import fuses as fuses_separable
 from utnetv2_fast.ops.dispatch import Impl, choose
 
 Moments = tuple[Tensor, Tensor]  # mean and biased variance, (B, C) each
@@ -27,6 +28,7 @@ _scale_shift_backward = torch.ops.utnetv2_fast.scale_shift_backward.default
 _depthwise_conv = torch.ops.utnetv2_fast.depthwise_conv.default
 _depthwise_conv_backward_weight = torch.ops.utnetv2_fast.depthwise_conv_backward_weight.default
 _scaled_depthwise_conv = torch.ops.utnetv2_fast.scaled_depthwise_conv.default
+_scaled_depthwise_separable_conv = torch.ops.utnetv2_fast.scaled_depthwise_separable_conv.default
 _scaled_depthwise_conv_backward_weight = torch.ops.utnetv2_fast.scaled_depthwise_conv_backward_weight.default
 
 
@@ -135,6 +137,8 @@ class _NormalisedConv(torch.autograd.Function):
         if depthwise_weight is None:
             assert dense_weight is not None
             return dense_conv(_normalised(x, scale, shift, relu, dense_weight.dtype, impl), dense_weight)
+        if dense_weight is not None and _is_one_kernel(x, depthwise_weight, dense_weight, impl):
+            return _scaled_depthwise_separable_conv(x, scale, shift, relu, depthwise_weight, dense_weight)
         out = _depthwise(x, scale, shift, relu, depthwise_weight, impl)
         return out if dense_weight is None else dense_conv(out, dense_weight)
 
@@ -168,6 +172,13 @@ class _NormalisedConv(torch.autograd.Function):
         backend = choose("scale_shift", impl, (x,))
         gradients = _scale_shift_backward(grad_y.to(x.dtype), x, scale, shift, relu, backend)
         return (*gradients, grad_depthwise, grad_dense, None, None)
+
+
+def _is_one_kernel(x: Tensor, depthwise_weight: Tensor, dense_weight: Tensor, impl: Impl) -> bool:
+    if x.dtype != depthwise_weight.dtype or any(k > 1 for k in dense_weight.shape[2:]):
+        return False
+    weights = (depthwise_weight, dense_weight)
+    return choose("depthwise_separable_conv", impl, (x, *weights)) == "triton" and fuses_separable(x, *weights)
 
 
 def _normalised(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, dtype: torch.dtype, impl: Impl) -> Tensor:

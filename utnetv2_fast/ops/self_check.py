@@ -13,7 +13,7 @@ from torch import Tensor
 from utnetv2_fast.ops.bidirectional_attention import bidirectional_attention
 from utnetv2_fast.ops.channel_moments import channel_moments, through_channel_moments
 from utnetv2_fast.ops.depthwise_conv import depthwise_conv
-from utnetv2_fast.ops.depthwise_separable_conv import depthwise_separable_conv
+from utnetv2_fast.ops.depthwise_separable_conv import depthwise_separable_conv, fuses
 from utnetv2_fast.ops.dispatch import Impl, choose, distrust_triton, explain
 from utnetv2_fast.ops.scale_shift import scale_shift
 
@@ -29,14 +29,33 @@ EXAMPLES: dict[Operator, tuple[tuple[int, ...], ...]] = {
 }
 
 
+def _scale_and_shift(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Parameters (B, C) for the channels of x."""
+    parameter = torch.linspace(-1, 1, x.shape[0] * x.shape[1]).view(x.shape[:2])
+    parameter = parameter.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    return 2 * parameter, parameter
+
+
 @torch.no_grad()
 def _scaled_depthwise_conv(x: Tensor, weight: Tensor, *, impl: Impl) -> tuple[Tensor, Tensor]:
     """What normalising modules call in place of `depthwise_conv`: result and gradient of the weight."""
     ops, backend = torch.ops.utnetv2_fast, choose("depthwise_conv", impl, (x, weight))
-    parameter = torch.linspace(-1, 1, x.shape[0] * x.shape[1]).view(x.shape[:2])
-    parameter = parameter.to(x.device, torch.promote_types(x.dtype, torch.float32))
-    arguments = (x, 2 * parameter, parameter, True, weight, backend)
+    arguments = (x, *_scale_and_shift(x), True, weight, backend)
     return ops.scaled_depthwise_conv(*arguments), ops.scaled_depthwise_conv_backward_weight(x, *arguments)
+
+
+@torch.no_grad()
+def _channels_last_separable_conv(
+    x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, *, impl: Impl
+) -> tuple[Tensor, Tensor]:
+    """Both convolutions, plain and behind a normalisation, in the layout in which Triton makes one kernel of them."""
+    x, (scale, shift) = x.contiguous(memory_format=torch.channels_last_3d), _scale_and_shift(x)
+    plain = depthwise_separable_conv(x, depthwise_weight, pointwise_weight, impl=impl)
+    weights, ops = (depthwise_weight, pointwise_weight), torch.ops.utnetv2_fast
+    if choose("depthwise_separable_conv", impl, (x, *weights)) == "triton" and fuses(x, *weights):
+        return plain, ops.scaled_depthwise_separable_conv(x, scale, shift, True, *weights)
+    y = ops.scale_shift(x, scale, shift, True, choose("scale_shift", impl, (x,)))
+    return plain, depthwise_separable_conv(y, *weights, impl=impl)
 
 
 # Further uses of an operator that run kernels of their own, on the same arguments.
@@ -44,6 +63,7 @@ _OTHER_USES: dict[Operator, Operator] = {
     bidirectional_attention: functools.partial(bidirectional_attention, need_map=False),
     channel_moments: through_channel_moments,
     depthwise_conv: _scaled_depthwise_conv,
+    depthwise_separable_conv: _channels_last_separable_conv,
     scale_shift: functools.partial(scale_shift, relu=True),
 }
 
