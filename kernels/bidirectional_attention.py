@@ -395,7 +395,10 @@ def _blocks_by_rule(BL: int, d: int, itemsize: int, architecture: str, backward:
     BN = max(16, min(tokens, 2048 // BL, (2048 if architecture.startswith("gfx") else 4096) // BD))
     if backward:
         BN = tokens if BL * BD <= 1024 else 16
-    many = BL * BD >= 8192 or BL >= 128 or (backward and BL * BD >= 2048)
+    if itemsize == 4:  # without tensor cores a thread holds what it multiplies
+        BN = 16
+        BD = min(d, max(16, 2048 // BL)) if backward else BD
+    many = BL * BD >= 8192 or BL >= 128 or itemsize == 4 or (backward and BL * BD >= 2048)
     num_warps = 8 if many and not architecture.startswith("gfx") else 4  # a warp of AMD's has twice the threads
     return Blocks(BN=BN, BD=BD, num_warps=num_warps, num_stages=1 if backward else 2)
 

@@ -33,7 +33,6 @@ import triton.language as tl
 from torch import Tensor
 
 from utnetv2_fast.kernels.launch import (
-    architecture,
     cdiv,
     multiprocessors,
     on_device_of_tensors,
@@ -442,6 +441,11 @@ def _chunk(length: int, columns: int, programs: int, extra: float) -> int:
     return cdiv(length, chunks)
 
 
+def _held_by_prologue(scale: Tensor | None) -> int:
+    """Scale and shift of a channel."""
+    return 0 if scale is None else 2
+
+
 def _launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, relu: bool
 ) -> Tensor:
@@ -455,9 +459,7 @@ def _launch_forward(
     described = _described(x_, kernel)
     taps = math.prod(kernel)
     held = taps if taps <= MOST_HELD else 0
-    # On these chips a little is missing for the prologue's scale and shift.
-    beside = 2 if scale is not None and architecture(x.device).startswith("sm_10") else 0
-    blocks = choose_blocks("depthwise_conv", x.device, described, held + beside)
+    blocks = choose_blocks("depthwise_conv", x.device, described, held + _held_by_prologue(scale))
     blocks_c = cdiv(c, blocks.BC)
     columns = _planes_of_blocks(described, blocks)
     chunk = _chunk(d, columns * blocks_c, blocks.occupancy * multiprocessors(x.device), k_d - 1)
@@ -493,7 +495,8 @@ def _launch_backward_weight(
     k_d, k_h, k_w = kernel = tuple(grad_weight_.shape[2:])
     described = _described(x_, kernel)
     TAPS_H = max(1, min(k_h, HELD[x.element_size()] // (k_d * k_w)))
-    blocks = choose_blocks("depthwise_conv_backward_weight", x.device, described, k_d * TAPS_H * k_w)
+    held = k_d * TAPS_H * k_w + _held_by_prologue(scale)
+    blocks = choose_blocks("depthwise_conv_backward_weight", x.device, described, held)
     programs = cdiv(c, blocks.BC) * cdiv(k_h, TAPS_H)
     columns = _planes_of_blocks(described, blocks)
     shares = max(1, blocks.occupancy * multiprocessors(x.device) // programs)
