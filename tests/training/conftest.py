@@ -12,7 +12,7 @@ import torch
 from utnetv2_fast.data.plan import IntensityStatistics, Plan
 from utnetv2_fast.data.prepare import PreparedCase
 from utnetv2_fast.models import PRESETS, UTNetV2Config
-from utnetv2_fast.training import RunConfig, RunFolder, default_training, train
+from utnetv2_fast.training import RunConfig, RunFolder, default_training, loop, train
 
 STATISTICS = IntensityStatistics(mean=0, std=1, median=0, minimum=-1, maximum=1, percentile_00_5=-1, percentile_99_5=1)
 
@@ -85,8 +85,11 @@ def cases(tmp_path: Path) -> list[PreparedCase]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run of two epochs of three steps that was never stopped."""
+    """A run of two epochs of three steps that was never stopped; with one batch each for norms and validation."""
     folder = tmp_path_factory.mktemp("finished")
     run, (*train_cases, held_out) = write_run(folder / "run", epochs=2, steps_per_epoch=3), write_cases(folder)
-    train(run, train_cases, [held_out], torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_NORM_BATCHES", 1)
+        patch.setattr(loop, "_LEAST_VALIDATION_BATCHES", 1)
+        train(run, train_cases, [held_out], torch.device("cpu"))
     return run

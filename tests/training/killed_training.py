@@ -44,6 +44,7 @@ def start(run: Path, cases: list[PreparedCase], prepare: Callable[[], None] = la
     try:
         prepare()
         loop.supervised_loss = noisy_loss
+        loop._NORM_BATCHES = loop._LEAST_VALIDATION_BATCHES = 1
         train(RunFolder(run), cases[:2], cases[2:], torch.device("cpu"))
         os._exit(0)
     except BaseException:

