@@ -29,7 +29,7 @@ from utnetv2_fast.inference.predict import Predictor, predict_files
 from utnetv2_fast.models import Preset, UTNetV2Config, get_preset
 from utnetv2_fast.progress import Track, silent
 from utnetv2_fast.training import RunConfig, RunFolder, TrainingConfig, default_training, train
-from utnetv2_fast.training.loop import Progress, ignore_progress, training_dtype
+from utnetv2_fast.training.loop import Progress, ignore_progress, never, training_dtype
 
 
 def suggest_preset(dataset: Dataset, device: torch.device) -> str:
@@ -112,18 +112,23 @@ def new_runs(
 
 
 def refuse_existing_runs(out: Path) -> None:
-    """Raises InputError when `out` holds a run, or is a file."""
-    if existing := _runs_under(out):
-        raise InputError(f"{existing[0].path}: holds a run already; go on with it by --resume, or name another --out.")
+    """Raises InputError when `out` is a file, or holds a run that was begun; one that was only set up is no loss."""
+    if begun := [run for run in _runs_under(out) if run.begun]:
+        raise InputError(f"{begun[0].path}: holds a run already; go on with it by --resume, or name another --out.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a folder as --out.")
 
 
 def existing_runs(out: Path) -> list[RunFolder]:
-    """The run in `out`, or the runs of the folds in it; InputError when there are none."""
+    """The run in `out`, or the runs of the folds in it.
+
+    Raises InputError when there are none, or when they were stopped while they were set up: some may be missing.
+    """
     runs = _runs_under(out)
     if not runs:
         raise InputError(f"{out}: holds no run to resume; name the --out of an earlier training.")
+    if not any(run.begun for run in runs):
+        raise InputError(f"{out}: its training was never begun; start it anew without --resume.")
     return runs
 
 
@@ -139,10 +144,11 @@ def run_fold(
     *,
     watch: Callable[[Progress], None] = ignore_progress,
     track: Track = silent,
+    stop: Callable[[], bool] = never,
 ) -> Evaluation:
     """Train what a configured run still lacks, predict its held-out scans from their files, write and return scores.
 
-    Raises InputError when the prepared data are not those the run was configured for.
+    Raises InputError when the prepared data are not those the run was configured for, and what `train` raises.
     """
     config = run.config
     if prepared.plan != config.plan:
@@ -161,7 +167,7 @@ def run_fold(
         train_cases, validation_cases = (
             [by_name[name] for name in names] for names in (config.train_cases, config.held_out_cases)
         )
-        model = train(run, train_cases, validation_cases, device, watch=watch)
+        model = train(run, train_cases, validation_cases, device, watch=watch, stop=stop)
         dtype = training_dtype(config.training, device)
         predictor = Predictor([model], config.plan, config.patch_size, device, autocast=dtype)
         predict_files(predictor, held_out, run.validation_folder, track, overwrite=True)

@@ -11,7 +11,7 @@ import typer
 
 import utnetv2_fast
 from utnetv2_fast.cli import app
-from utnetv2_fast.errors import InputError, RunError
+from utnetv2_fast.errors import InputError, RunError, Stopped
 from utnetv2_fast.ops import cpu, reference
 from utnetv2_fast.ops.dispatch import OPERATORS
 from utnetv2_fast.ops.extension import load_extension
@@ -85,6 +85,18 @@ def test_a_users_error_is_one_sentence(
     assert captured.out == ""
     assert call(monkeypatch, "work", "--json") == code
     assert json.loads(capsys.readouterr().out) == {"error": str(error), "exit_code": code}
+
+
+def test_work_that_was_stopped_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_verb(monkeypatch, Stopped("Stopped after step 3.", "`utnetv2-fast work`"))
+    message = "Stopped after step 3. Go on with `utnetv2-fast work`."
+    assert call(monkeypatch, "work") == 0
+    assert capsys.readouterr() == ("", f"{message}\n")
+    assert call(monkeypatch, "work", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"stopped": message, "exit_code": 0}
 
 
 def test_interruption_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from rich.console import Console
 
 from utnetv2_fast.cli import console as module
-from utnetv2_fast.cli.console import print_json, track
+from utnetv2_fast.cli.console import print_json, stop_signals, stopping, track
+from utnetv2_fast.errors import Stopped
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -72,3 +74,36 @@ def test_print_json_takes_what_results_hold(capsys: pytest.CaptureFixture[str]) 
         "torch": 2.0,
         "missing": [None, None, None],
     }
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted_and_the_next_has_its_own_effect_again(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_signals() as stop:
+        assert not stop()
+        assert signal.getsignal(number) is not before
+        signal.raise_signal(number)
+        assert stop()
+        assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_signals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop()
+            signal.raise_signal(signal.SIGTERM)
+            assert stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_work_is_stopped_between_two_items() -> None:
+    done: list[str] = []
+    items = map(done.append, stopping(track, lambda: len(done) == 2)("abc", "Work"))
+    with pytest.raises(Stopped, match=r"^Work: stopped after 2 of 3. Go on with the same command.$"):
+        list(items)
+    assert done == ["a", "b"]
+    assert list(stopping(track, lambda: False)("abc", "Work")) == ["a", "b", "c"]

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+import shlex
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,8 +18,10 @@ import pytest
 import torch
 import yaml
 
+from utnetv2_fast.cli import train
 from utnetv2_fast.data.dataset import read_dataset
 from utnetv2_fast.experiment import suggest_preset
+from utnetv2_fast.training.loop import Progress
 
 Call = Callable[..., int]
 SHORT = ("--preset", "tiny-2d", "--epochs", 1, "--steps-per-epoch", 2, "--batch-size", 2)
@@ -117,6 +125,102 @@ def test_wrong_options_are_one_sentence(
     assert message in error
     assert "Traceback" not in error
     assert not (place / "runs").exists()
+
+
+def steps_that(act: Callable[[int], None]) -> Callable[[], Iterator[Callable[[Progress], None]]]:
+    """In place of the progress bar: calls `act` with the number of every step that was taken."""
+
+    @contextmanager
+    def bar() -> Iterator[Callable[[Progress], None]]:
+        yield lambda progress: act(progress.step)
+
+    return bar
+
+
+def weights_and_scores(run: Path) -> list[bytes]:
+    return [(run / name).read_bytes() for name in ("checkpoints/last.safetensors", "scores.json")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_training_which_goes_on_to_the_same_end(
+    number: signal.Signals,
+    call: Call,
+    demo: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    handler = signal.getsignal(number)
+    assert call("train", "--data", demo, *SHORT, "--out", "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_training_bar", steps_that(lambda step: step == 1 and signal.raise_signal(number)))
+        assert call("train", "--data", demo, *SHORT, "--out", "a run", "--device", "cpu") == 0
+    assert signal.getsignal(number) is handler
+    message = capfd.readouterr().err
+    assert "once more stops at once" in message
+    assert "Stopped after step 1 of 2" in message
+    assert not (place / "a run" / "scores.json").exists()
+    [command] = re.findall("Go on with `utnetv2-fast (.*)`", message)
+    assert shlex.split(command) == ["train", "--resume", "--out", "a run", "--device", "cpu"]
+    assert call(*shlex.split(command)) == 0
+    assert weights_and_scores(place / "a run") == weights_and_scores(place / "whole")
+
+
+def test_a_second_interruption_stops_at_once(
+    call: Call, demo: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt_twice(step: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "_training_bar", steps_that(interrupt_twice))
+    assert call("train", "--data", demo, *SHORT, "--out", "run") == 130
+    assert not (place / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("work", "go_on"), [("Preparing", "the same command"), ("Predicting", "`utnetv2-fast train --resume --out run`")]
+)
+def test_a_signal_stops_between_cases(
+    work: str,
+    go_on: str,
+    call: Call,
+    demo: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def track(items: Sequence[Any], description: str, /) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if description.startswith(work) and number == 1:
+                signal.raise_signal(signal.SIGTERM)
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "show_progress", track)
+        assert call("train", "--data", demo, *SHORT, "--out", "run", "--json") == 0
+    captured = capsys.readouterr()
+    assert f"stopped after 1 of {2 if work == 'Predicting' else 4}. Go on with {go_on}." in captured.err
+    assert json.loads(captured.out)["stopped"] in captured.err
+    again = ("--resume",) if (place / "run").exists() else ("--data", demo, *SHORT)
+    assert call("train", *again, "--out", "run") == 0
+    assert (place / "run" / "scores.json").exists()
+
+
+def test_a_run_killed_while_it_was_set_up_is_set_up_anew(
+    call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of all folds some would be missing, so that going on would silently train fewer."""
+    everything = ("train", "--data", demo, *SHORT, "--fold", "all", "--out", "runs", "--json")
+    assert call(*everything) == 0
+    shutil.copy(place / "runs" / "fold-1" / "config.yaml", place / "config.yaml")
+    shutil.rmtree(place / "runs")
+    (place / "runs" / "fold-1").mkdir(parents=True)
+    shutil.move(place / "config.yaml", place / "runs" / "fold-1")
+    assert call("train", "--resume", "--out", "runs") == 2
+    assert "never begun" in capsys.readouterr().err
+    assert call(*everything) == 0
+    assert sorted(json.loads(capsys.readouterr().out)["runs"]) == ["runs/fold-0", "runs/fold-1"]
 
 
 @pytest.mark.parametrize("arguments", [("--epochs", "3"), ("--fold", "1"), ("--preset", "tiny-2d")])

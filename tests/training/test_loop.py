@@ -1,4 +1,4 @@
-"""Training learns, stops where it must, and goes on after an interruption as if there had been none."""
+"""Training learns, shows how far it is, keeps the weights that it should, and stops where it must."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from utnetv2_fast.data.prepare import PreparedCase
-from utnetv2_fast.errors import InputError, RunError
+from utnetv2_fast.errors import RunError
 from utnetv2_fast.training import RunFolder, loop, train
 from utnetv2_fast.training.loop import Progress
 
@@ -36,31 +36,6 @@ def test_learns_to_find_the_square(make_run: MakeRun, cases: Cases) -> None:
     assert not model.training
     returned, stored = model.state_dict(), load_file(run.weights_file("last"))
     assert all(torch.equal(stored[name], tensor) for name, tensor in returned.items())
-
-
-class StoppedError(Exception):
-    pass
-
-
-@pytest.mark.parametrize("stop_after", [2, 4, 7, 11])
-def test_resumed_run_is_bit_identical(make_run: MakeRun, cases: Cases, stop_after: int) -> None:
-    uninterrupted = make_run("uninterrupted")
-    fit(uninterrupted, cases)
-
-    def stop(progress: Progress) -> None:
-        if progress.step == stop_after:
-            raise StoppedError
-
-    interrupted = make_run("interrupted")
-    with pytest.raises(StoppedError):
-        fit(interrupted, cases, watch=stop)
-    fit(interrupted, cases)
-    for weights in ("last", "best"):
-        expected, actual = (load_file(run.weights_file(weights)) for run in (uninterrupted, interrupted))
-        assert expected.keys() == actual.keys()
-        assert all(torch.equal(expected[name], actual[name]) for name in expected)
-    records = [[r | {"seconds": None} for r in run.read_metrics()] for run in (uninterrupted, interrupted)]
-    assert records[0] == records[1]
 
 
 def test_compiled_training_gives_the_same_weights_under_the_same_names(
@@ -139,48 +114,6 @@ def test_best_weights_are_those_of_the_best_epoch(
     best = load_file(run.weights_file("best"))
     assert all(torch.equal(best[name], tensor) for name, tensor in last[1].items())
     assert not all(torch.equal(best[name], tensor) for name, tensor in last[2].items())
-
-
-def test_damaged_state_is_refused(make_run: MakeRun, cases: Cases) -> None:
-    run = make_run(epochs=1)
-    fit(run, cases)
-    whole = run.resume_file.read_bytes()
-    torch.save(torch.zeros(3), run.resume_file)
-    tensor = run.resume_file.read_bytes()
-    for content in (b"", b"not a checkpoint", whole[: len(whole) // 2], tensor):
-        run.resume_file.write_bytes(content)
-        with pytest.raises(InputError, match=r"resume\.pt: damaged"):
-            fit(run, cases)
-
-
-def test_state_of_another_network_is_refused(make_run: MakeRun, cases: Cases) -> None:
-    run = make_run(epochs=1)
-    fit(run, cases)
-    config = run.config
-    run.write_config(config.model_copy(update={"model": config.model.model_copy(update={"expansion": 3})}))
-    with pytest.raises(InputError, match="another network"):
-        fit(run, cases)
-
-
-def test_nothing_half_written_is_left_when_saving_fails(
-    make_run: MakeRun, cases: Cases, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_run(epochs=1)
-    fit(run, cases)
-    before = run.resume_file.read_bytes()
-
-    def fail(state: object, file: Path) -> None:
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    longer = run.config.training.model_copy(update={"epochs": 2})
-    run.write_config(run.config.model_copy(update={"training": longer}))
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        fit(run, cases)
-    assert run.resume_file.read_bytes() == before
-    names = {file.name for file in (run.path / "checkpoints").iterdir()}
-    assert names == {"last.safetensors", "best.safetensors", "resume.pt"}
 
 
 def test_averaged_weights_keep_up_with_the_latest(make_run: MakeRun, cases: Cases) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,11 +61,71 @@ def test_missing_damaged_and_foreign_weights_are_refused(make_run: MakeRun) -> N
         run.load_model()
 
 
-def test_metrics_lose_a_line_cut_short_and_what_a_resumed_run_writes_again(make_run: MakeRun) -> None:
+STATE = {"model": {"weight": torch.linspace(-1, 1, 300)}, "records": [{"dice": 0.5}, {"dice": None}], "step": 7}
+
+
+def test_the_state_comes_back_exactly(make_run: MakeRun) -> None:
     run = make_run()
-    for epoch in range(4):
-        run.append_metrics({"epoch": epoch})
-    with run.metrics_file.open("a") as file:
-        file.write('{"epoch": 4, "lo')
-    run.keep_metrics_before(3)
-    assert list(run.read_metrics()) == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2}]
+    assert run.load_state() is None
+    run.save_state(STATE)
+    assert repr(run.load_state()) == repr(STATE)
+    assert torch.equal(run.load_state()["model"]["weight"], STATE["model"]["weight"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_state_is_refused(make_run: MakeRun, seed: int) -> None:
+    """Cut short, or with other bytes: whatever is loaded is what was saved. torch alone loads changed weights."""
+    run, rng = make_run(), random.Random(seed)
+    run.save_state(STATE)
+    whole = run.resume_file.read_bytes()
+    refused = 0
+    for cut in [True, False] * 50:
+        place = rng.randrange(len(whole) - 16)
+        run.resume_file.write_bytes(whole[:place] + (b"" if cut else rng.randbytes(16) + whole[place + 16 :]))
+        try:
+            state = run.load_state()
+        except InputError:
+            refused += 1
+        else:
+            assert state is not None
+            assert torch.equal(state["model"]["weight"], STATE["model"]["weight"])
+    assert refused > 80
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x05\x06" + bytes(18)])
+def test_what_is_no_state_is_refused(make_run: MakeRun, content: bytes) -> None:
+    run = make_run()
+    run.save_state(STATE)
+    run.resume_file.write_bytes(content)
+    with pytest.raises(InputError, match=r"resume\.pt: damaged"):
+        run.load_state()
+    torch.save(torch.zeros(3), run.resume_file)
+    with pytest.raises(InputError, match=r"resume\.pt: damaged"):
+        run.load_state()
+
+
+def test_metrics_come_back_exactly(make_run: MakeRun) -> None:
+    run = make_run()
+    assert run.read_metrics() == []
+    records = [{"epoch": epoch, "dice": epoch / 3, "dice_per_class": [None, 0.1]} for epoch in range(3)]
+    run.write_metrics(records)
+    assert run.read_metrics() == records
+    run.write_metrics(records[:2])
+    assert run.read_metrics() == records[:2]
+
+
+@pytest.mark.parametrize("content", [b'{"epoch": 0}\n{"epoch": 1, "lo', b"\xff\n"])
+def test_damaged_metrics_are_refused(make_run: MakeRun, content: bytes) -> None:
+    run = make_run()
+    run.metrics_file.write_bytes(content)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: damaged"):
+        run.read_metrics()
+
+
+@pytest.mark.parametrize("content", [b"[", b"\xff"])
+def test_a_damaged_environment_is_refused(make_run: MakeRun, content: bytes) -> None:
+    run = make_run()
+    run.environment_file.write_bytes(content)
+    with pytest.raises(InputError, match=r"environment\.json: damaged"):
+        run.append_environment({})
+    assert run.environment_file.read_bytes() == content

@@ -1,4 +1,4 @@
-"""`utnetv2-fast`: the verbs, and how they end: 0 done, 1 the work failed, 2 the input cannot be used."""
+"""`utnetv2-fast`: the verbs, and how they end: 0 done or stopped, 1 failed, 2 the input cannot be used."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from utnetv2_fast.cli.predict import predict
 from utnetv2_fast.cli.prepare import prepare
 from utnetv2_fast.cli.train import train
 from utnetv2_fast.cli.verify import verify
-from utnetv2_fast.errors import InputError, RunError
+from utnetv2_fast.errors import InputError, RunError, Stopped
 
 # What the user can put right without knowing the program: no room, no right, no such place.
-USERS_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+USERS_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 
 app = typer.Typer(
     name="utnetv2-fast",
@@ -58,6 +58,11 @@ def main() -> None:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 1)
+    except Stopped as stopped:
+        if "--json" in sys.argv:
+            print_json({"stopped": str(stopped), "exit_code": 0})
+        sys.stderr.write(f"{stopped}\n")
+        sys.exit(0)
     except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
         _fail(
             f"{error.filename}: a file stands where a folder is needed, or the other way round; name another path.", 2

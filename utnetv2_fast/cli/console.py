@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from utnetv2_fast.errors import Stopped
+from utnetv2_fast.progress import Track
 
 T = TypeVar("T")
 
@@ -64,3 +71,41 @@ def _lines(items: Sequence[T], description: str) -> Iterator[T]:
         yield item
     if shown > start:
         sys.stderr.write(f"{description}: {len(items)}/{len(items)}, {time.monotonic() - start:.0f} s\n")
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether SIGTERM or Ctrl-C has come. The second one ends the program at once.
+
+    A signal that the program was started to ignore, as under nohup, stays ignored.
+    """
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(number, before[signal.Signals(number)])
+        # Not through sys.stderr, which the interrupted code may just be writing to.
+        os.write(2, b"\nStopping as soon as what is at work is saved; once more stops at once.\n")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    obeyed = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in obeyed:
+        signal.signal(number, note)
+    try:
+        yield lambda: came
+    finally:
+        for number in obeyed:
+            signal.signal(number, before[number])
+
+
+def stopping(track: Track, stop: Callable[[], bool]) -> Track:
+    """`track`, but it raises Stopped between two items when `stop()` is true."""
+
+    def track_until(items: Sequence[T], description: str, /) -> Iterable[T]:
+        for done, item in enumerate(track(items, description)):
+            if stop():
+                raise Stopped(f"{description}: stopped after {done} of {len(items)}.")
+            yield item
+
+    return track_until

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,20 +20,24 @@ from utnetv2_fast.cli.console import (
     console,
     messages,
     print_json,
-    track,
+    stop_signals,
+    stopping,
 )
+from utnetv2_fast.cli.console import track as show_progress
 from utnetv2_fast.cli.evaluate import score_table
-from utnetv2_fast.errors import InputError
+from utnetv2_fast.errors import InputError, Stopped
 from utnetv2_fast.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from utnetv2_fast.data.dataset import Dataset
+    from utnetv2_fast.progress import Track
     from utnetv2_fast.training.loop import Progress
 
 DEMO = Path("demo")
 
 
 def train(
+    context: typer.Context,
     data: Annotated[
         Path | None,
         typer.Option(help="A dataset folder (nnU-Net raw or Decathlon).", show_default="a demo dataset, made in demo/"),
@@ -64,11 +69,15 @@ def train(
         bool, typer.Option("--compile", help="Run training steps through torch.compile, which takes minutes to begin.")
     ] = False,
     seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
+    checkpoint_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Between states to resume from, within an epoch.", show_default="10")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train UTNetV2 on a dataset, then predict and score the held-out fold. Prepares what is not prepared.
 
-    Without --data it makes a small cardiac dataset and trains on that.
+    Without --data it makes a small cardiac dataset and trains on that. SIGTERM or Ctrl-C stops it with everything
+    saved; killed in any other way, it goes on from the last state that it saved.
 
     Examples:
 
@@ -97,6 +106,8 @@ def train(
     from utnetv2_fast.models import get_preset
 
     keep_freed_memory()
+    stop = context.with_resource(stop_signals())
+    track = stopping(show_progress, stop)
     target = resolve_device(device)
     changes = _given(
         epochs=epochs,
@@ -107,6 +118,7 @@ def train(
         precision=precision,
         compile=compile or None,
         seed=seed,
+        checkpoint_minutes=checkpoint_minutes,
     )
     if resume:
         if out is None or changes or preset is not None or fold is not None:
@@ -117,7 +129,7 @@ def train(
         store = prepare_dataset(dataset, prepared or Path(config.prepared), config.plan.dimensions, track)
     else:
         folds = None if fold == "all" else [_fold_number(fold or "0")]
-        dataset = read_dataset(data) if data is not None else _demo_dataset()
+        dataset = read_dataset(data) if data is not None else _demo_dataset(track)
         preset = preset or suggest_preset(dataset, target)
         dimensions = get_preset(preset).dimensions
         name = f"{dataset.folder.resolve().name}-{preset}-{'all' if folds is None else f'fold{folds[0]}'}"
@@ -130,8 +142,8 @@ def train(
     evaluations = []
     for run in runs:
         messages.print(f"{run.path}: {run.config.preset}, {len(store.cases)} cases, fold {run.config.fold}, {target}.")
-        with _training_bar() as watch:
-            evaluation = run_fold(run, dataset, store, target, watch=watch, track=track)
+        with _saying_how_to_resume(out, device), _training_bar() as watch:
+            evaluation = run_fold(run, dataset, store, target, watch=watch, track=track, stop=stop)
         evaluations.append(evaluation)
         if not json:
             console.print(score_table(evaluation))
@@ -160,13 +172,22 @@ def _fold_number(fold: str) -> int:
     return int(fold)
 
 
-def _demo_dataset() -> Dataset:
+def _demo_dataset(track: Track) -> Dataset:
     from utnetv2_fast.data.dataset import read_dataset
     from utnetv2_fast.data.phantom import write_phantom
 
     if (DEMO / "dataset.json").exists():
         return read_dataset(DEMO)
     return write_phantom(DEMO, track=track)
+
+
+@contextmanager
+def _saying_how_to_resume(out: Path, device: str) -> Iterator[None]:
+    try:
+        yield
+    except Stopped as stopped:
+        options = "" if device == "auto" else f" --device {device}"
+        raise Stopped(stopped.where, f"`utnetv2-fast train --resume --out {shlex.quote(str(out))}{options}`") from None
 
 
 @contextmanager

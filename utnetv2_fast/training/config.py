@@ -30,6 +30,10 @@ class TrainingConfig(BaseModel):
     augmentation: Literal["none", "paper", "nnunet", "nnunet-no-mirroring"] = "nnunet"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = Field(default=False, description="torch.compile the network's training steps")
+    checkpoint_minutes: NonNegativeFloat = Field(
+        default=10.0,
+        description="between checkpoints within an epoch; each epoch ends with one (0: one after each step)",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @property

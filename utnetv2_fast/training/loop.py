@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import update_bn
 
 from utnetv2_fast.data.augment import PROFILES, augment, source_size
 from utnetv2_fast.data.prepare import PreparedCase
 from utnetv2_fast.data.sampling import PatchSampler, prefetch
 from utnetv2_fast.devices import autocast_dtype
-from utnetv2_fast.errors import InputError, RunError
-from utnetv2_fast.files import atomic_write
+from utnetv2_fast.errors import InputError, RunError, Stopped
+from utnetv2_fast.files import remove_unfinished
 from utnetv2_fast.models import UTNetV2
 from utnetv2_fast.ops.self_check import check_kernels
 from utnetv2_fast.training.config import TrainingConfig
 from utnetv2_fast.training.losses import supervised_loss
 from utnetv2_fast.training.run_folder import RunConfig, RunFolder
-from utnetv2_fast.training.schedule import learning_rate_factor
+from utnetv2_fast.training.state import TrainingState
 
 _NORM_BATCHES = 8  # from which batch norms get the statistics of the averaged weights
+_LEAST_VALIDATION_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -47,62 +48,9 @@ def ignore_progress(progress: Progress) -> None:
     """The default `watch`."""
 
 
-class _State:
-    """What changes during a training and must survive an interruption. Batches and augmentation depend on the step."""
-
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        settings = config.training
-        torch.manual_seed(settings.seed)
-        self.model = UTNetV2(config.model).to(device)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=_ema(settings.ema_decay))
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, eps=1e-5, weight_decay=settings.weight_decay
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda step: learning_rate_factor(
-                step,
-                steps=settings.steps,
-                warmup_steps=settings.warmup_steps,
-                schedule=settings.schedule,
-            ),
-        )
-        self.epoch = 0
-        self.best_dice = -1.0
-        self.seconds = 0.0
-
-    @property
-    def network(self) -> UTNetV2:
-        """The network with averaged weights."""
-        return cast(UTNetV2, self.averaged.module)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "epoch": self.epoch,
-            "best_dice": self.best_dice,
-            "seconds": self.seconds,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.epoch, self.best_dice, self.seconds = state["epoch"], state["best_dice"], state["seconds"]
-
-
-def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Exponential moving average that begins as the plain mean, so that the first weights are soon forgotten."""
-
-    @torch.no_grad()
-    def update(averages: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        torch._foreach_lerp_(averages, current, 1 - min(decay, float(count) / (float(count) + 1)))
-
-    return update
+def never() -> bool:
+    """The default `stop`."""
+    return False
 
 
 def train(
@@ -112,23 +60,28 @@ def train(
     device: torch.device,
     *,
     watch: Callable[[Progress], None] = ignore_progress,
+    stop: Callable[[], bool] = never,
 ) -> UTNetV2:
     """Train to the end of the last epoch and return the network with averaged weights, in eval mode on `device`.
 
-    After every epoch `run` holds the averaged weights (`last`, and `best` by the validation patches' Dice), a line of
-    metrics, and a state to resume from; where it holds such a state already, training goes on from there. Batches and
-    their augmentation depend on the seed and the step alone.
+    After every epoch `run` holds the averaged weights (`last`, and `best` by the validation patches' Dice) and a line
+    of metrics; after every epoch, and every `checkpoint_minutes` within one, a state to resume from. Where it holds
+    such a state already, training goes on from there. Batches and their augmentation depend on the seed and the step
+    alone.
+
+    The state is written first, and what is shown of an epoch follows from it: killed between the two, a training
+    shows the rest when it is resumed.
 
     Raises:
-        RunError: the loss is not finite; names the cases of the batch.
+        RunError: the loss is not finite (names the cases of the batch), or a file cannot be written.
         InputError: the state in `run` is damaged or that of another network.
+        Stopped: after a step `stop()` was true; the state is saved.
     """
     config = run.config
     settings = config.training
-    state = _State(config, device)
-    if run.resume_file.exists():
-        _load(run, state)
-    run.keep_metrics_before(state.epoch)
+    state = TrainingState(config, device)
+    remove_unfinished(run.path)
+    _resume(run, state)
     dtype = training_dtype(settings, device)
     if config.model.impl != "reference":
         check_kernels(device, dtype)
@@ -139,52 +92,91 @@ def train(
     network = torch.compile(state.model, dynamic=False) if settings.compile else state.model
     fit_norms = _norm_fitting(settings, batch, device, dtype)
     validate = _validation(config, validation_cases, device, dtype)
-    dice: float | None = None
 
-    started, resumed_seconds = time.perf_counter(), state.seconds
-    first = state.epoch * settings.steps_per_epoch
-    prefetched = prefetch(batch, range(first, settings.steps))
-    for epoch in range(state.epoch, settings.epochs):
-        state.model.train()
-        total = 0.0
-        for image, label, cases in itertools.islice(prefetched, settings.steps_per_epoch):
-            rate = state.schedule.get_last_lr()[0]
-            loss = _step(state, network, image, label, cases, weights, settings, dtype)
-            total += loss
-            step = state.schedule.last_epoch
-            elapsed = time.perf_counter() - started
-            left = elapsed / (step - first) * (settings.steps - step)
-            watch(Progress(step, settings.steps, epoch + 1, settings.epochs, loss, dice, left))
-        fit_norms(state.averaged)
-        dice, per_class = validate(state.averaged)
-        state.epoch = epoch + 1
-        state.seconds = resumed_seconds + time.perf_counter() - started
-        if dice > state.best_dice:
-            state.best_dice = dice
-            run.save_weights("best", state.network.state_dict())
-        run.save_weights("last", state.network.state_dict())
-        record = {
-            "epoch": epoch,
-            "step": state.epoch * settings.steps_per_epoch,
-            "learning_rate": rate,
-            "loss": total / settings.steps_per_epoch,
-            "dice": dice,
-            "dice_per_class": per_class,
-            "seconds": round(state.seconds, 3),
-        }
-        run.append_metrics(record)
-        with atomic_write(run.resume_file) as temporary:
-            torch.save(state.state_dict(), temporary)
+    first, earlier_seconds = state.step, state.seconds
+    started = saved = time.perf_counter()
+    with closing(prefetch(batch, range(first, settings.steps))) as prefetched:
+        for epoch in range(state.epoch, settings.epochs):
+            end = (epoch + 1) * settings.steps_per_epoch
+            dice = state.records[-1]["dice"] if state.records else None
+            state.model.train()
+            for image, label, cases in itertools.islice(prefetched, end - state.step):
+                loss = _step(state, network, image, label, cases, weights, settings, dtype)
+                state.loss_sum += loss
+                now = time.perf_counter()
+                state.seconds = earlier_seconds + now - started
+                left = (now - started) / (state.step - first) * (settings.steps - state.step)
+                watch(Progress(state.step, settings.steps, epoch + 1, settings.epochs, loss, dice, left))
+                stopping = stop()
+                if stopping or now - saved >= 60 * settings.checkpoint_minutes:
+                    with _writing():
+                        run.save_state(state.state_dict())
+                    saved = time.perf_counter()
+                if stopping:
+                    raise Stopped(f"Stopped after step {state.step} of {settings.steps}, all of it saved.")
+            fit_norms(state.averaged)
+            dice, per_class = validate(state.averaged)
+            state.seconds = earlier_seconds + time.perf_counter() - started
+            state.records.append(
+                {
+                    "epoch": epoch,
+                    "step": end,
+                    "learning_rate": state.learning_rate,
+                    "loss": state.loss_sum / settings.steps_per_epoch,
+                    "dice": dice,
+                    "dice_per_class": per_class,
+                    "seconds": round(state.seconds, 3),
+                }
+            )
+            state.loss_sum = 0.0
+            with _writing():
+                run.save_state(state.state_dict())
+                _show_epoch(run, state)
+            saved = time.perf_counter()
     return state.network.eval()
 
 
-def _load(run: RunFolder, state: _State) -> None:
+def _resume(run: RunFolder, state: TrainingState) -> None:
+    """Restore `state` from `run`, and finish what a kill left undone; does nothing where there is nothing to restore.
+
+    Raises InputError when what is stored is damaged or of another network, or was trained with other epochs.
+    """
+    stored = run.load_state()
+    if stored is None:
+        return
     try:
-        # By way of the CPU: a GPU would keep the optimiser's step counters, and each step would wait for every one.
-        state.load_state_dict(torch.load(run.resume_file, map_location="cpu", weights_only=True))
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, UnpicklingError):
+        state.load_state_dict(stored)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
         raise InputError(
-            f"{run.resume_file}: damaged, or the state of another network; train into a new --out."
+            f"{run.resume_file}: the state of another network or version; train into a new --out."
+        ) from None
+    per_epoch = run.config.training.steps_per_epoch
+    shown = state.records[-1]["step"] if state.records else 0
+    if shown != state.epoch * per_epoch or not shown <= state.step <= shown + per_epoch:
+        raise InputError(f"{run.config_file}: steps_per_epoch is not what the run began with; put it back.")
+    if state.records and state.step == shown:
+        with _writing():
+            _show_epoch(run, state)
+
+
+def _show_epoch(run: RunFolder, state: TrainingState) -> None:
+    """Write weights and metrics of the epoch that `state` has just finished; the metrics last, as they announce it."""
+    *earlier, latest = (record["dice"] for record in state.records)
+    if all(latest > dice for dice in earlier):
+        run.save_weights("best", state.network.state_dict())
+    run.save_weights("last", state.network.state_dict())
+    run.write_metrics(state.records)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """RunError for what is not written: the disk is full, say."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{error.filename}: cannot be written ({error.strerror}); mend that, then go on with the run by --resume: "
+            "what was saved before is whole."
         ) from None
 
 
@@ -221,7 +213,7 @@ def _batches(
 
 
 def _step(
-    state: _State,
+    state: TrainingState,
     network: Callable[[Tensor], Any],
     image: Tensor,
     label: Tensor,
@@ -238,7 +230,7 @@ def _step(
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)
     if not torch.isfinite(loss + norm):
         raise RunError(
-            f"Step {state.schedule.last_epoch}: the loss ({loss.item()}) or its gradient is not finite; look at the "
+            f"Step {state.step}: the loss ({loss.item()}) or its gradient is not finite; look at the "
             f"cases of this batch ({', '.join(dict.fromkeys(cases))}), or train with a lower learning rate."
         )
     state.optimizer.step()
@@ -289,7 +281,7 @@ def _validation(
         foreground_fraction=0.5,
     )
     # A tenth of the training steps; a forward pass takes about a third of a step.
-    batches = [sampler.batch(step) for step in range(max(4, settings.steps_per_epoch // 10))]
+    batches = [sampler.batch(step) for step in range(max(_LEAST_VALIDATION_BATCHES, settings.steps_per_epoch // 10))]
 
     @torch.no_grad()
     def validate(model: torch.nn.Module) -> tuple[float, list[float | None]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
+from zipfile import BadZipFile, ZipFile
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from utnetv2_fast.data.plan import Plan
@@ -20,6 +23,9 @@ from utnetv2_fast.models import UTNetV2, UTNetV2Config
 from utnetv2_fast.training.config import TrainingConfig
 
 Weights = Literal["last", "best"]
+
+# What zipfile and torch raise for a file that is no archive, or holds something else than a state.
+_DAMAGE = (BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError)
 
 
 class RunConfig(BaseModel):
@@ -56,6 +62,7 @@ class RunFolder:
 
     @property
     def resume_file(self) -> Path:
+        """What a stopped training goes on from; all that this training shows of finished epochs follows from it."""
         return self.path / "checkpoints" / "resume.pt"
 
     @property
@@ -65,6 +72,11 @@ class RunFolder:
     @property
     def validation_folder(self) -> Path:
         return self.path / "validation"
+
+    @property
+    def begun(self) -> bool:
+        """Whether its training was ever started, not only set up."""
+        return self.environment_file.exists()
 
     @property
     def scores_file(self) -> Path:
@@ -93,7 +105,40 @@ class RunFolder:
         # safetensors stores each tensor's own bytes, in the one order that every reader knows.
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
         with atomic_write(self.weights_file(weights)) as temporary:
-            save_file(plain, temporary)
+            temporary.write_bytes(save(plain))  # and not save_file, which turns a full disk into an error of its own
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write the state to resume from: tensors, plain values, and dicts and lists of them."""
+        with atomic_write(self.resume_file) as temporary:
+            try:
+                with temporary.open("wb") as file:
+                    torch.save(state, file)
+            except RuntimeError as error:
+                # torch's writer reports a full disk as a wrong position in its file.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+    def load_state(self) -> dict[str, Any] | None:
+        """What `save_state` wrote, on the CPU; None when the training did not come that far.
+
+        Raises InputError when the file is damaged, or is gone although epochs were finished.
+        """
+        file = self.resume_file
+        if not file.exists():
+            if self.metrics_file.exists():
+                raise InputError(f"{file}: gone, though epochs were finished; restore it, or train into a new --out.")
+            return None
+        try:
+            with ZipFile(file) as archive:  # torch writes checksums, but does not compare them
+                intact = archive.testzip() is None
+            # By way of the CPU: a GPU would keep the optimiser's step counters, and every step would wait for each.
+            state = torch.load(file, map_location="cpu", weights_only=True) if intact else None
+        except _DAMAGE:
+            state = None
+        if not isinstance(state, dict):
+            raise InputError(f"{file}: damaged; restore it from a copy, or train into a new --out.")
+        return state
 
     def load_model(self, weights: Weights = "last") -> UTNetV2:
         """The trained network on the CPU in eval mode.
@@ -117,24 +162,21 @@ class RunFolder:
     def append_environment(self, description: dict[str, Any]) -> None:
         """Add to `environment.json`, which has one entry for every time the run was started or resumed."""
         file = self.environment_file
-        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        try:
+            earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        except ValueError:
+            raise InputError(f"{file}: damaged; restore it, or make [] its content.") from None
         write_text_atomically(file, json.dumps([*earlier, description], indent=2))
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
+        """Replace `metrics.jsonl`: one record per finished epoch, one line per record."""
+        write_text_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in records))
 
-    def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The records of `metrics.jsonl`, one per epoch; a last line that a kill cut short is left out."""
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`, one per finished epoch; InputError when it is damaged."""
         if not self.metrics_file.exists():
-            return
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
-
-    def keep_metrics_before(self, epoch: int) -> None:
-        """Drop the records from `epoch` on, which a resumed training writes again."""
-        kept = [json.dumps(record) for record in self.read_metrics() if record["epoch"] < epoch]
-        write_text_atomically(self.metrics_file, "".join(line + "\n" for line in kept))
+            return []
+        try:
+            return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        except ValueError:
+            raise InputError(f"{self.metrics_file}: damaged; a resumed training writes it anew.") from None
