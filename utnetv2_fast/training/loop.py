@@ -47,6 +47,10 @@ def ignore_progress(progress: Progress) -> None:
     """The default `watch`."""
 
 
+def ignore_epoch(network: torch.nn.Module) -> None:
+    """The default `after_epoch`."""
+
+
 class _State:
     """What changes during a training and must survive an interruption. Batches and augmentation depend on the step."""
 
@@ -112,12 +116,14 @@ def train(
     device: torch.device,
     *,
     watch: Callable[[Progress], None] = ignore_progress,
+    after_epoch: Callable[[torch.nn.Module], None] = ignore_epoch,
 ) -> UTNetV2:
     """Train to the end of the last epoch and return the network with averaged weights, in eval mode on `device`.
 
     After every epoch `run` holds the averaged weights (`last`, and `best` by the validation patches' Dice), a line of
     metrics, and a state to resume from; where it holds such a state already, training goes on from there. Batches and
-    their augmentation depend on the seed and the step alone.
+    their augmentation depend on the seed and the step alone. Then `after_epoch` gets the network with averaged weights
+    in eval mode, to look at and not to change.
 
     Raises:
         RunError: the loss is not finite; names the cases of the batch.
@@ -175,6 +181,7 @@ def train(
         run.append_metrics(record)
         with atomic_write(run.resume_file) as temporary:
             torch.save(state.state_dict(), temporary)
+        after_epoch(state.network)
     return state.network.eval()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,6 +18,8 @@ from utnetv2_fast.errors import InputError
 from utnetv2_fast.files import atomic_write, write_text_atomically
 from utnetv2_fast.models import UTNetV2, UTNetV2Config
 from utnetv2_fast.training.config import TrainingConfig
+
+T = TypeVar("T")
 
 Weights = Literal["last", "best"]
 
@@ -61,6 +63,22 @@ class RunFolder:
     @property
     def environment_file(self) -> Path:
         return self.path / "environment.json"
+
+    @property
+    def resources_file(self) -> Path:
+        return self.path / "resources.json"
+
+    @property
+    def curves_file(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def pictures_folder(self) -> Path:
+        return self.path / "pictures"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def validation_folder(self) -> Path:
@@ -116,9 +134,26 @@ class RunFolder:
 
     def append_environment(self, description: dict[str, Any]) -> None:
         """Add to `environment.json`, which has one entry for every time the run was started or resumed."""
-        file = self.environment_file
-        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        write_text_atomically(file, json.dumps([*earlier, description], indent=2))
+        write_text_atomically(self.environment_file, json.dumps([*self.read_environments(), description], indent=2))
+
+    def read_environments(self) -> list[dict[str, Any]]:
+        """The entries of `environment.json`, none before the first start."""
+        return _read_json(self.environment_file, [])
+
+    def record_resources(self, **measured: float | None) -> None:
+        """Note seconds and peaks of memory in `resources.json`; of a peak noted before, the larger remains.
+
+        What is None was not measured and leaves no trace.
+        """
+        noted = self.read_resources()
+        for name, value in measured.items():
+            if value is not None:
+                noted[name] = max(value, noted.get(name, value)) if name.startswith("peak_") else value
+        write_text_atomically(self.resources_file, json.dumps(noted, indent=2))
+
+    def read_resources(self) -> dict[str, float]:
+        """The content of `resources.json`, nothing before the first epoch has finished."""
+        return _read_json(self.resources_file, {})
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:
@@ -138,3 +173,8 @@ class RunFolder:
         """Drop the records from `epoch` on, which a resumed training writes again."""
         kept = [json.dumps(record) for record in self.read_metrics() if record["epoch"] < epoch]
         write_text_atomically(self.metrics_file, "".join(line + "\n" for line in kept))
+
+
+def _read_json(file: Path, default: T) -> T:
+    """The content of a file that this program wrote, or `default` where there is none yet."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else default
