@@ -142,6 +142,7 @@ def run_fold(
     *,
     watch: Callable[[Progress], None] = ignore_progress,
     track: Track = silent,
+    tensorboard: bool = False,
 ) -> Evaluation:
     """Train what a configured run still lacks, predict its held-out scans from their files, write and return scores.
 
@@ -167,7 +168,7 @@ def run_fold(
             [by_name[name] for name in names] for names in (config.train_cases, config.held_out_cases)
         )
         dtype = training_dtype(config.training, device)
-        after_epoch = follow_training(run, validation_cases, device, dtype)
+        after_epoch = follow_training(run, validation_cases, device, dtype, tensorboard=tensorboard)
         model = train(run, train_cases, validation_cases, device, watch=watch, after_epoch=after_epoch)
         predictor = Predictor([model], config.plan, config.patch_size, device, autocast=dtype)
         started = time.perf_counter()

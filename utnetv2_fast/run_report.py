@@ -18,18 +18,26 @@ from utnetv2_fast.evaluation.plots import draw_curves, draw_scores
 from utnetv2_fast.evaluation.report import CaseFiles, Report, Training, picture_cases, write_report
 from utnetv2_fast.memory import peak_memory
 from utnetv2_fast.training import RunConfig, RunFolder
+from utnetv2_fast.training.tensorboard import tensorboard_log
 
 _PATCHES = 3
 
 
 def follow_training(
-    run: RunFolder, validation_cases: Sequence[PreparedCase], device: torch.device, dtype: torch.dtype | None
+    run: RunFolder,
+    validation_cases: Sequence[PreparedCase],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    tensorboard: bool = False,
 ) -> Callable[[torch.nn.Module], None]:
     """A function to call with the network after every epoch, when its metrics are written.
 
-    It rewrites `curves.png`, `report.html` and `pictures/validation.png`, of patches that stay the same throughout.
+    It rewrites `curves.png`, `report.html` and `pictures/validation.png`, of patches that stay the same throughout,
+    and with `tensorboard` adds to the event files in `tensorboard/`; InputError when that package is missing.
     """
     config = run.config
+    log = tensorboard_log(run.path / "tensorboard", _classes(config)) if tensorboard else None
     patches = [_validation_patch(config, case) for case in validation_cases[:_PATCHES]]
 
     def after_epoch(network: torch.nn.Module) -> None:
@@ -39,6 +47,8 @@ def follow_training(
         write_png(run.pictures_folder / "validation.png", picture)
         run.record_resources(**peak_memory(device))
         write_report(run.report_file, _report(run, _training(run, picture)))
+        if log is not None:
+            log(run.read_metrics())
 
     return after_epoch
 

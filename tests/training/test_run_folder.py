@@ -68,3 +68,11 @@ def test_metrics_lose_a_line_cut_short_and_what_a_resumed_run_writes_again(make_
         file.write('{"epoch": 4, "lo')
     run.keep_metrics_before(3)
     assert list(run.read_metrics()) == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2}]
+
+
+def test_resources_keep_the_largest_peak_and_the_latest_time(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.read_resources() == {}
+    run.record_resources(peak_memory_bytes=5, prediction_seconds=3.0, peak_gpu_memory_bytes=None)
+    run.record_resources(peak_memory_bytes=4, prediction_seconds=2.0)
+    assert run.read_resources() == {"peak_memory_bytes": 5, "prediction_seconds": 2.0}

@@ -45,16 +45,15 @@ def evaluate(
 
     utnetv2-fast evaluate predictions/ data/acdc --report acdc.html
     """
-    from utnetv2_fast.evaluation.metrics import evaluate_files, match_files
+    from utnetv2_fast.evaluation.metrics import evaluate_folder
     from utnetv2_fast.evaluation.tables import summarise, write_tables
 
-    dataset, pairs = match_files(predictions, references, subset=subset)
-    evaluation = evaluate_files(pairs, dataset.labels, track, tolerance=tolerance)
+    evaluation = evaluate_folder(predictions, references, track, tolerance=tolerance, subset=subset)
     write_tables(evaluation, out or predictions)
     if report is not None:
-        from utnetv2_fast.evaluation.report import report_on_label_maps, write_report
+        from utnetv2_fast.evaluation.report import report_on_folder, write_report
 
-        write_report(report, report_on_label_maps(evaluation, dataset, pairs, predictions))
+        write_report(report, report_on_folder(evaluation, predictions, references))
     if json:
         print_json(summarise(evaluation))
     else:

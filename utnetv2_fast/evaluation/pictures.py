@@ -289,7 +289,7 @@ def _mark_geometry(axes: Axes, view: View, box: Box) -> None:
         x, [0.05, 0.05], color="white", lw=2, transform=axes.transAxes, path_effects=[withStroke(linewidth=3.5)],
         solid_capstyle="butt",
     )  # fmt: skip
-    axes.text(x.mean(), 0.065, f"{length:g} mm", ha="center", va="bottom", **ink)
+    axes.text(0.97, 0.065, f"{length:g} mm", ha="right", va="bottom", **ink)
 
 
 def _round_length(longest: float) -> float:
@@ -300,7 +300,7 @@ def _round_length(longest: float) -> float:
 
 def _class_handles(views: Sequence[View], labels: Sequence[str]) -> list[Patch]:
     """A swatch per class; of many classes only those that are in view."""
-    shown = range(len(labels))
+    shown: Sequence[int] = range(len(labels))
     if len(labels) > _MOST_NAMED:
         seen = {int(v) for view in views for label in (view.reference, view.prediction) for v in np.unique(label)}
         shown = [index for index in shown if index + 1 in seen]

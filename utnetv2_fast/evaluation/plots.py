@@ -41,7 +41,10 @@ def draw_curves(records: Sequence[Mapping[str, Any]], labels: Sequence[str], epo
     `labels` names the foreground classes; a class without a Dice in some epoch has a gap there. The axis reaches to
     `epochs`, so that a training that still runs, or was stopped, shows how far it came.
     """
-    styles = [{"color": class_colour(index), "ls": "-" if index < 7 else (0, (4, 1.5))} for index in range(len(labels))]
+    # The first seven colours are easy to tell apart; dashes keep the others from being taken for them.
+    styles: list[dict[str, Any]] = [
+        {"color": class_colour(index), "ls": "-" if index < 7 else (0, (4, 1.5))} for index in range(len(labels))
+    ]
     handles = [
         *(Line2D([], [], **style, lw=1.5, label=plain(label)) for style, label in zip(styles, labels, strict=True)),
         Line2D([], [], color=INK, lw=2, label="mean"),

@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import utnetv2_fast
-from utnetv2_fast.data.dataset import Dataset
 from utnetv2_fast.data.nifti import Grid, grid_difference, read_label, read_scan
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.evaluation.figures import class_colour, png
-from utnetv2_fast.evaluation.metrics import Evaluation
+from utnetv2_fast.evaluation.metrics import Evaluation, match_files
 from utnetv2_fast.evaluation.pictures import CT_WINDOW, draw_case, take_view, telling_slice
 from utnetv2_fast.evaluation.plots import draw_scores
 from utnetv2_fast.evaluation.tables import METRICS, MISSING_CLASS_RULE, summarise
@@ -110,10 +109,9 @@ def render(report: Report) -> str:
     return template.render(_page(report))
 
 
-def report_on_label_maps(
-    evaluation: Evaluation, dataset: Dataset, pairs: Sequence[tuple[str, Path, Path]], predictions: Path
-) -> Report:
-    """The report on scored label maps of which nothing else is known; `pairs` and `dataset` as `match_files` gives."""
+def report_on_folder(evaluation: Evaluation, predictions: Path, references: Path) -> Report:
+    """The report on the label maps of a folder, of which nothing is known but what `evaluate_folder` made of them."""
+    dataset, pairs = match_files(predictions, references, subset=True)
     images = {case.label: case.images for case in dataset.cases}
     files = {case: CaseFiles(images.get(reference, ()), reference, prediction) for case, prediction, reference in pairs}
     return Report(
@@ -373,9 +371,9 @@ def _environment(environments: Sequence[Mapping[str, Any]]) -> Iterator[tuple[st
 
 def duration(seconds: float) -> str:
     """1 h 02 min, 3 min 05 s, 4.2 s or 130 ms."""
-    if seconds < 1:
+    if round(seconds, 3) < 1:
         return f"{1000 * seconds:.0f} ms"
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 3600:
