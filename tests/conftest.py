@@ -12,9 +12,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # before Triton is imported: without a GPU its kernels are interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: without a GPU its kernels are interpreted
 
 
 @pytest.fixture(autouse=True)

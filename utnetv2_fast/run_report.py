@@ -41,9 +41,9 @@ def follow_training(
     patches = [_validation_patch(config, case) for case in validation_cases[:_PATCHES]]
 
     def after_epoch(network: torch.nn.Module) -> None:
+        epochs = sum(1 for _ in run.read_metrics())
         views = [_predicted_view(config, patch, network, device, dtype) for patch in patches]
-        title = "Held-out patches, averaged weights"
-        picture = png(draw_patches(views, _classes(config), title))
+        picture = png(draw_patches(views, _classes(config), f"Held-out patches after epoch {epochs}"))
         write_png(run.pictures_folder / "validation.png", picture)
         run.record_resources(**peak_memory(device))
         write_report(run.report_file, _report(run, _training(run, picture)))
@@ -104,14 +104,14 @@ def _training(run: RunFolder, patches: bytes | None) -> Training:
 def _settings(config: RunConfig) -> dict[str, str]:
     """The part of the configuration that a reader looks for first."""
     plan, training = config.plan, config.training
-    spacing = [("as scanned" if mm is None else f"{mm:.3g}") for mm in plan.spacing]
+    spacing = " × ".join(f"{mm:.3g}" for mm in plan.spacing if mm is not None)  # noqa: RUF001
     return {
         "Dataset": config.data,
         "Classes": ", ".join(_classes(config)),
         "Channels": ", ".join(plan.channels),
         "Network": config.preset,
-        "Patch": " x ".join(map(str, config.patch_size)) + " voxels",
-        "Spacing": " x ".join(spacing) + " mm",
+        "Patch": " × ".join(map(str, config.patch_size)) + " voxels",  # noqa: RUF001
+        "Spacing": f"{spacing} mm" + (", slices as they are" if plan.dimensions == 2 else ""),
         "Length": f"{training.epochs} epochs of {training.steps_per_epoch} steps",
         "Batch": f"{training.batch_size} patches",
         "Learning rate": f"{training.learning_rate:g}, {training.schedule}",

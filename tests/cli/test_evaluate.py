@@ -41,11 +41,12 @@ def test_a_perfect_prediction_scores_one(
 def test_a_report_is_written_where_it_is_asked_for(
     call: Call, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    file = tmp_path / "a" / "r.html"
     for references in (demo, demo / "labelsTr"):
         assert (
-            call("evaluate", demo / "labelsTr", references, "-o", tmp_path, "--report", tmp_path / "a" / "r.html") == 0
+            call("evaluate", demo / "labelsTr", references, "--out", tmp_path, "--report", file) == 0
         )
-        page = (tmp_path / "a" / "r.html").read_text(encoding="utf-8")
+        page = file.read_text(encoding="utf-8")
         assert "<strong>Protocol: not recorded.</strong>" in page
         assert "percentile of what is shown" in page  # the scans are in the pictures
     assert call("evaluate", demo / "labelsTr", demo, "-o", tmp_path, "--report", tmp_path) == 2

@@ -211,8 +211,8 @@ def test_time_and_memory_of_a_run() -> None:
     assert page.row("per case") == ["per case", "2.0 s"]
     assert page.row("Scoring") == ["Scoring", "not recorded"]
     assert page.row("Largest memory") == ["Largest memory", "3.00 GiB"]
-    assert page.row("command") == ["command", "train --out 'a b'"]
-    assert page.row("packages") == ["packages", "torch 2.13"]
+    assert page.row("Command") == ["Command", "train --out 'a b'"]
+    assert page.row("Packages") == ["Packages", "torch 2.13"]
 
 
 @pytest.mark.parametrize(

@@ -360,13 +360,13 @@ def _environment(environments: Sequence[Mapping[str, Any]]) -> Iterator[tuple[st
     if not environments:
         return
     if len(environments) > 1:
-        yield "starts", f"{len(environments)}; the last one:"
+        yield "Starts", f"{len(environments)}; the last one:"
     for name, value in environments[-1].items():
         if name == "command":
             value = shlex.join(value)
         elif isinstance(value, Mapping):
             value = ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
-        yield name.replace("_", " "), str(value)
+        yield name[:1].upper() + name[1:].replace("_", " "), str(value)
 
 
 def duration(seconds: float) -> str:
