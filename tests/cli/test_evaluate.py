@@ -43,9 +43,7 @@ def test_a_report_is_written_where_it_is_asked_for(
 ) -> None:
     file = tmp_path / "a" / "r.html"
     for references in (demo, demo / "labelsTr"):
-        assert (
-            call("evaluate", demo / "labelsTr", references, "--out", tmp_path, "--report", file) == 0
-        )
+        assert call("evaluate", demo / "labelsTr", references, "--out", tmp_path, "--report", file) == 0
         page = file.read_text(encoding="utf-8")
         assert "<strong>Protocol: not recorded.</strong>" in page
         assert "percentile of what is shown" in page  # the scans are in the pictures

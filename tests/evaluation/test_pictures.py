@@ -54,16 +54,19 @@ def test_a_round_organ_is_round_on_the_page(spacing: tuple[float, float]) -> Non
     assert tall > 0.2 * height
 
 
-def test_the_slice_is_the_one_with_most_voxels_in_error() -> None:
+def test_the_slice_is_the_one_where_reference_and_errors_cover_most() -> None:
     reference = np.zeros((6, 8, 8), np.uint8)
-    reference[1, 1:7, 1:7] = 1
-    reference[2, 2:4, 2:4] = 1
+    reference[1, 1:6, 1:6] = 1
+    reference[2, 2:6, 2:6] = 1
     prediction = reference.copy()
+    prediction[4, 1:6, 1:5] = 1  # made up beyond the organ: less than the organ itself
     assert telling_slice(reference, prediction, (5, 1, 1)) == (0, 1)
-    prediction[2, 2:4, 2:4] = 2
+    prediction[2, 2:6, 2:6] = 2  # the wrong class
     assert telling_slice(reference, prediction, (5, 1, 1)) == (0, 2)
-    assert telling_slice(reference, prediction, (1, 1, 5)) == (2, 2)
     assert telling_slice(reference, prediction, (1, 1.2, 1)) == (0, 2)
+    assert telling_slice(reference, prediction, (1, 1, 5))[0] == 2
+    prediction[4] = 1  # far more than the organ
+    assert telling_slice(reference, prediction, (5, 1, 1)) == (0, 4)
     empty = np.zeros_like(reference)
     assert telling_slice(empty, empty, (5, 1, 1)) == (0, 3)
 

@@ -122,8 +122,8 @@ def test_confusion_is_normalised_by_row() -> None:
     page = Page(render(Report("run", "", "clean", evaluation=EVALUATION)))
     first = page.rows.index(["Reference", "background", "RV", "LV"])
     assert page.rows[first + 1 :] == [
-        ["background", "99.0 % 1 000", "1.0 % 10", "0.0 % 0"],
-        ["RV", "30.0 % 30", "60.0 % 60", "10.0 % 10"],
+        ["background", "99.0 1 000", "1.0 10", "0.0 0"],
+        ["RV", "30.0 30", "60.0 60", "10.0 10"],
         ["LV", "– 0", "– 0", "– 0"],  # noqa: RUF001
     ]
     assert "Confusion" not in render(Report("run", "", "clean", evaluation=replace(EVALUATION, confusion=())))
@@ -206,9 +206,9 @@ def test_time_and_memory_of_a_run() -> None:
     page = Page(render(Report("run", "", "clean", training=training, evaluation=EVALUATION)))
     assert page.row("Epochs") == ["Epochs", "1 of 3"]
     assert page.row("Training") == ["Training", "12.0 s"]
-    assert page.row("per step, validation included") == ["per step, validation included", "300 ms"]
+    assert page.row("Training, per step") == ["Training, per step", "300 ms"]
     assert page.row("Prediction") == ["Prediction", "6.0 s"]
-    assert page.row("per case") == ["per case", "2.0 s"]
+    assert page.row("Prediction, per case") == ["Prediction, per case", "2.0 s"]
     assert page.row("Scoring") == ["Scoring", "not recorded"]
     assert page.row("Largest memory") == ["Largest memory", "3.00 GiB"]
     assert page.row("Command") == ["Command", "train --out 'a b'"]

@@ -85,18 +85,16 @@ class Box:
 def telling_slice(
     reference: NDArray[np.uint8], prediction: NDArray[np.uint8], spacing: Sequence[float]
 ) -> tuple[int, int]:
-    """(axis, index) of the slice of two label maps (Z, Y, X) with most voxels in error.
+    """(axis, index) of the slice of two label maps (Z, Y, X) where reference and errors together cover most.
 
-    Without errors it is the slice with most foreground, and without any the middle one. `spacing` is (z, y, x) in mm.
+    Errors alone would often choose a slice beyond the organ's end, with nothing to compare. Where nothing is labelled
+    it is the middle slice. `spacing` is (z, y, x) in mm.
     """
     coarsest = int(np.argmax(spacing))
     axis = coarsest if spacing[coarsest] > _THICK * min(spacing) else 0
     others = tuple(other for other in range(3) if other != axis)
-    for mask in (reference != prediction, reference != 0):
-        counts = np.count_nonzero(mask, axis=others)
-        if counts.any():
-            return axis, int(np.argmax(counts))
-    return axis, reference.shape[axis] // 2
+    counts = np.count_nonzero(reference, axis=others) + np.count_nonzero(reference != prediction, axis=others)
+    return axis, int(np.argmax(counts)) if counts.any() else reference.shape[axis] // 2
 
 
 def take_view(

@@ -305,7 +305,7 @@ def _confusion(evaluation: Evaluation) -> dict[str, Any] | None:
         for predicted, voxels in enumerate(counts):
             cells.append(
                 {
-                    "share": f"{100 * voxels / total:.1f} %" if total else UNDEFINED,
+                    "share": f"{100 * voxels / total:.1f}" if total else UNDEFINED,
                     "voxels": f"{voxels:,}".replace(",", "\N{THIN SPACE}"),
                     "colour": _shade(voxels / max(1, total), right=expected == predicted),
                 }
@@ -337,16 +337,16 @@ def _costs(training: Training, evaluation: Evaluation | None) -> Iterator[tuple[
     seconds, steps = last.get("seconds"), last.get("step")
     yield "Training", NOT_RECORDED if seconds is None else duration(seconds)
     if seconds is not None:
-        yield "per epoch", duration(seconds / len(training.records))
+        yield "Training, per epoch", duration(seconds / len(training.records))
     if seconds is not None and steps:
-        yield "per step, validation included", duration(seconds / steps)
+        yield "Training, per step", duration(seconds / steps)
     cases = len(evaluation.cases) if evaluation else 0
     for name, key in (("Prediction", "prediction_seconds"), ("Scoring", "scoring_seconds")):
         value = training.resources.get(key)
         if evaluation is not None:
             yield name, NOT_RECORDED if value is None else duration(value)
             if value is not None and cases:
-                yield "per case", duration(value / cases)
+                yield f"{name}, per case", duration(value / cases)
     for name, key in (("Largest memory", "peak_memory_bytes"), ("Largest GPU memory", "peak_gpu_memory_bytes")):
         value = training.resources.get(key)
         if value is not None:
