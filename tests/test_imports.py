@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "numpy", "scipy", "nibabel", "matplotlib", "pydantic", "triton", "utnetv2_fast._C")
+HEAVY = ("torch", "numpy", "scipy", "nibabel", "matplotlib", "pydantic", "jinja2", "triton", "utnetv2_fast._C")
 OPTIONAL = ("matplotlib", "triton", "utnetv2_fast._C")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -26,8 +27,10 @@ from utnetv2_fast.evaluation.metrics import Evaluation, evaluate_files
 from utnetv2_fast.evaluation.tables import summarise, write_tables
 from utnetv2_fast.files import write_text_atomically
 from utnetv2_fast.inference.predict import Predictor, predict_files
+from utnetv2_fast.memory import peak_memory
 from utnetv2_fast.models import Preset, UTNetV2Config, get_preset
 from utnetv2_fast.progress import Track, silent
+from utnetv2_fast.run_report import complete_report, follow_training
 from utnetv2_fast.training import RunConfig, RunFolder, TrainingConfig, default_training, train
 from utnetv2_fast.training.loop import Progress, ignore_progress, never, training_dtype
 
@@ -145,8 +148,11 @@ def run_fold(
     watch: Callable[[Progress], None] = ignore_progress,
     track: Track = silent,
     stop: Callable[[], bool] = never,
+    tensorboard: bool = False,
 ) -> Evaluation:
     """Train what a configured run still lacks, predict its held-out scans from their files, write and return scores.
+
+    The report and its pictures follow: after every epoch, and at the end with the scores.
 
     Raises InputError when the prepared data are not those the run was configured for, and what `train` raises.
     """
@@ -167,13 +173,19 @@ def run_fold(
         train_cases, validation_cases = (
             [by_name[name] for name in names] for names in (config.train_cases, config.held_out_cases)
         )
-        model = train(run, train_cases, validation_cases, device, watch=watch, stop=stop)
         dtype = training_dtype(config.training, device)
+        after_epoch = follow_training(run, validation_cases, device, dtype, tensorboard=tensorboard)
+        model = train(run, train_cases, validation_cases, device, watch=watch, stop=stop, after_epoch=after_epoch)
         predictor = Predictor([model], config.plan, config.patch_size, device, autocast=dtype)
+        started = time.perf_counter()
         predict_files(predictor, held_out, run.validation_folder, track, overwrite=True)
+        run.record_resources(prediction_seconds=time.perf_counter() - started)
     pairs = [(case.name, run.validation_folder / f"{case.name}.nii.gz", case.label) for case in held_out if case.label]
+    started = time.perf_counter()
     evaluation = evaluate_files(pairs, config.plan.labels, track)
+    run.record_resources(scoring_seconds=time.perf_counter() - started, **peak_memory(device))
     write_tables(evaluation, run.validation_folder)
+    complete_report(run, dataset, evaluation)
     write_text_atomically(run.scores_file, json.dumps(summarise(evaluation), indent=2))
     return evaluation
 

@@ -38,6 +38,19 @@ def test_a_perfect_prediction_scores_one(
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["nsd_tolerance_mm"] == 3
 
 
+def test_a_report_is_written_where_it_is_asked_for(
+    call: Call, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a" / "r.html"
+    for references in (demo, demo / "labelsTr"):
+        assert call("evaluate", demo / "labelsTr", references, "--out", tmp_path, "--report", file) == 0
+        page = file.read_text(encoding="utf-8")
+        assert "<strong>Protocol: not recorded.</strong>" in page
+        assert "percentile of what is shown" in page  # the scans are in the pictures
+    assert call("evaluate", demo / "labelsTr", demo, "-o", tmp_path, "--report", tmp_path) == 2
+    assert "name another path" in capsys.readouterr().err
+
+
 def test_a_missing_prediction_is_an_error_or_a_subset(
     call: Call, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 import signal
+import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +48,19 @@ def test_one_fold_from_scans_to_scores(call: Call, demo: Path, place: Path, caps
         "validation/scores.csv",
         "validation/scores.json",
         "scores.json",
+        "resources.json",
+        "report.html",
+        "curves.png",
+        "pictures/validation.png",
+        "pictures/scores.png",
+        "pictures/worst.png",
+        "pictures/best.png",
     ):
         assert (run / name).is_file(), name
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for name in ("curves.png", "pictures/scores.png", "pictures/worst.png", "pictures/best.png"):
+        assert b64encode((run / name).read_bytes()).decode() in page, name
+    assert "<strong>Protocol: clean.</strong>" in page
     scores = json.loads((run / "scores.json").read_text())
     assert result["runs"]["run"] == scores
     assert scores["cases"] == 2
@@ -70,6 +83,46 @@ def test_one_fold_from_scans_to_scores(call: Call, demo: Path, place: Path, caps
     assert call("predict", "run", "-i", scan, "-o", "predicted", "--device", "cpu") == 0
     predicted = nib.load(place / "predicted" / held_out[0].name)
     np.testing.assert_array_equal(np.asarray(predicted.dataobj), np.asarray(nib.load(held_out[0]).dataobj))
+
+
+def test_a_run_that_was_stopped_has_a_report_without_scores(
+    call: Call, demo: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr("utnetv2_fast.experiment.predict_files", stop)
+    with pytest.raises(StoppedError):
+        call("train", "--data", demo, *SHORT, "--out", "run")
+    page = (place / "run" / "report.html").read_text(encoding="utf-8")
+    assert "1 of 1 epochs are finished. There are no scores yet" in page
+    for name in ("curves.png", "pictures/validation.png"):
+        assert b64encode((place / "run" / name).read_bytes()).decode() in page, name
+
+
+def test_tensorboard_is_written_when_asked_for(
+    call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = []
+    monkeypatch.setattr("utnetv2_fast.training.tensorboard.require_tensorboard", lambda: None)
+    monkeypatch.setattr(
+        "utnetv2_fast.run_report.tensorboard_log",
+        lambda folder, labels: lambda records: logged.append((folder.name, labels, len(list(records)))),
+    )
+    assert call("train", "--data", demo, *SHORT, "--out", "without") == 0
+    assert logged == []
+    assert call("train", "--data", demo, *SHORT, "--out", "with", "--tensorboard") == 0
+    assert logged == [("tensorboard", ["RV", "MYO", "LV"], 1)]
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert call("train", "--data", demo, *SHORT, "--out", "missing", "--tensorboard") == 2
+    assert "pip install" in capsys.readouterr().err
+    assert not (place / "missing").exists()
 
 
 def test_compilation_is_asked_for(call: Call, demo: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from utnetv2_fast.errors import InputError
 from utnetv2_fast.evaluation.metrics import (
     Evaluation,
     Score,
+    count_confusion,
     dice,
     evaluate_files,
     evaluate_folder,
@@ -164,6 +165,25 @@ def test_means_leave_out_what_has_no_score() -> None:
     assert evaluation.summary("nowhere", "dice").cases == 0
     assert evaluation.mean("dice") == pytest.approx((0.6 + 1.0) / 2)
     assert math.isnan(Evaluation(("nowhere",), 1.0, ()).mean("dice"))
+    assert evaluation.cases == ("a", "b")
+    assert evaluation.case_mean("a", "dice") == pytest.approx(0.75)
+    assert evaluation.case_mean("b", "hd95") == 4
+    assert math.isnan(evaluation.case_mean("c", "dice"))
+
+
+@pytest.mark.parametrize("classes", [2, 5, 256])
+def test_confusion_counts_every_voxel_once(classes: int) -> None:
+    reference, prediction = np.random.default_rng(classes).integers(0, classes, (2, 4, 30, 20)).astype(np.uint8)
+    expected = np.zeros((classes, classes), np.int64)
+    np.add.at(expected, (reference, prediction), 1)
+    np.testing.assert_array_equal(count_confusion(prediction, reference, classes), expected)
+
+
+def test_confusion_of_files_has_the_reference_in_rows_and_sums_over_cases(tmp_path: Path) -> None:
+    reference, prediction = np.zeros((2, 6, 5, 4), np.uint8)
+    reference[:2], prediction[:2, :3] = 1, 2
+    pair = ("c", save(tmp_path / "p.nii.gz", prediction), save(tmp_path / "r.nii.gz", reference))
+    assert evaluate_files([pair] * 2, LABELS).confusion == ((160, 0, 0), (32, 0, 48), (0, 0, 0))
 
 
 def save(file: Path, label: NDArray[np.generic], affine: NDArray[np.float64] | None = None) -> Path:

@@ -22,6 +22,7 @@ EVALUATION = Evaluation(
         Score("b", "left, inner", 1 / 3, 4.0, 0.5, 7, 0),
         Score("b", "right", math.nan, math.nan, math.nan, 0, 0),
     ),
+    ((99, 1, 0), (5, 12, 0), (0, 0, 0)),
 )
 
 
@@ -45,6 +46,7 @@ def test_json_is_strict_json_with_null_for_what_is_undefined(tmp_path: Path) -> 
     content = json.loads((tmp_path / "scores.json").read_text(), parse_constant=refuse)
     assert content == summarise(EVALUATION)
     assert content["cases"] == 2
+    assert content["confusion_voxels"] == [[99, 1, 0], [5, 12, 0], [0, 0, 0]]
     assert content["nsd_tolerance_mm"] == 2.0
     assert content["classes"]["left, inner"]["hd95_mm"] == {"mean": 3.0, "std": pytest.approx(math.sqrt(2)), "cases": 2}
     assert content["classes"]["right"]["dice"] == {"mean": None, "std": None, "cases": 0}

@@ -87,6 +87,21 @@ def test_progress_counts_every_step_once(make_run: MakeRun, cases: Cases) -> Non
     assert seen[-1].dice is not None
 
 
+def test_the_network_is_shown_after_every_epoch_once_the_epoch_is_on_disk(make_run: MakeRun, cases: Cases) -> None:
+    run = make_run()
+    seen = []
+
+    def look(network: torch.nn.Module) -> None:
+        stored = load_file(run.weights_file("last"))
+        assert all(torch.equal(stored[name], tensor) for name, tensor in network.state_dict().items())
+        assert not network.training
+        state = torch.load(run.resume_file, weights_only=True)
+        seen.append((len(list(run.read_metrics())), state["epoch"]))
+
+    fit(run, cases, after_epoch=look)
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+
+
 def test_loss_that_is_not_finite_names_the_cases(make_run: MakeRun, cases: Cases, tmp_path: Path) -> None:
     image = np.array(cases[1].image())
     image[:] = np.inf

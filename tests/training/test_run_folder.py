@@ -129,3 +129,11 @@ def test_a_damaged_environment_is_refused(make_run: MakeRun, content: bytes) -> 
     with pytest.raises(InputError, match=r"environment\.json: damaged"):
         run.append_environment({})
     assert run.environment_file.read_bytes() == content
+
+
+def test_resources_keep_the_largest_peak_and_the_latest_time(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.read_resources() == {}
+    run.record_resources(peak_memory_bytes=5, prediction_seconds=3.0, peak_gpu_memory_bytes=None)
+    run.record_resources(peak_memory_bytes=4, prediction_seconds=2.0)
+    assert run.read_resources() == {"peak_memory_bytes": 5, "prediction_seconds": 2.0}

@@ -29,6 +29,9 @@ def evaluate(
     ] = None,
     tolerance: Annotated[float, typer.Option(help="What NSD forgives, in mm.")] = 1.0,
     subset: Annotated[bool, typer.Option("--subset", help="Leave references without a prediction out.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="An HTML page to write, with pictures of cases.", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Dice, HD95 and NSD per case and class, on the scans' own grids.
@@ -36,13 +39,21 @@ def evaluate(
     A class absent from both label maps of a case is not counted there; absent from one of them: Dice 0, NSD 0, and as
     HD95 the diagonal of the scan.
 
-    Example: utnetv2-fast evaluate predictions/ data/acdc --subset
+    Examples:
+
+    utnetv2-fast evaluate predictions/ data/acdc --subset
+
+    utnetv2-fast evaluate predictions/ data/acdc --report acdc.html
     """
     from utnetv2_fast.evaluation.metrics import evaluate_folder
     from utnetv2_fast.evaluation.tables import summarise, write_tables
 
     evaluation = evaluate_folder(predictions, references, track, tolerance=tolerance, subset=subset)
     write_tables(evaluation, out or predictions)
+    if report is not None:
+        from utnetv2_fast.evaluation.report import report_on_folder, write_report
+
+        write_report(report, report_on_folder(evaluation, predictions, references))
     if json:
         print_json(summarise(evaluation))
     else:

@@ -68,6 +68,9 @@ def train(
     compile: Annotated[
         bool, typer.Option("--compile", help="Run training steps through torch.compile, which takes minutes to begin.")
     ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the metrics for TensorBoard too, to OUT/tensorboard.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
     checkpoint_minutes: Annotated[
         float | None, typer.Option(min=0, help="Between states to resume from, within an epoch.", show_default="10")
@@ -104,8 +107,11 @@ def train(
         training_settings,
     )
     from utnetv2_fast.models import get_preset
+    from utnetv2_fast.training.tensorboard import require_tensorboard
 
     keep_freed_memory()
+    if tensorboard:
+        require_tensorboard()
     stop = context.with_resource(stop_signals())
     track = stopping(show_progress, stop)
     target = resolve_device(device)
@@ -143,7 +149,9 @@ def train(
     for run in runs:
         messages.print(f"{run.path}: {run.config.preset}, {len(store.cases)} cases, fold {run.config.fold}, {target}.")
         with _saying_how_to_resume(out, device), _training_bar() as watch:
-            evaluation = run_fold(run, dataset, store, target, watch=watch, track=track, stop=stop)
+            evaluation = run_fold(
+                run, dataset, store, target, watch=watch, track=track, stop=stop, tensorboard=tensorboard
+            )
         evaluations.append(evaluation)
         if not json:
             console.print(score_table(evaluation))
@@ -159,7 +167,8 @@ def train(
             f"HD95 {hd95['mean']:.2f} ± {hd95['std']:.2f} mm.",
             highlight=False,
         )
-    console.print(f"{out}: weights, metrics and predictions of the held-out scans.", highlight=False)
+    report = "report.html" if len(runs) == 1 else "a report.html of each fold"
+    console.print(f"{out}: weights, metrics, predictions of the held-out scans, and {report}.", highlight=False)
 
 
 def _given(**options: Any) -> dict[str, Any]:

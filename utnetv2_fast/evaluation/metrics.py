@@ -17,7 +17,7 @@ import numpy as np
 import surface_distance
 from numpy.typing import NDArray
 
-from utnetv2_fast.data.dataset import read_dataset
+from utnetv2_fast.data.dataset import Dataset, read_dataset
 from utnetv2_fast.data.nifti import ENDINGS, file_stem, grid_difference, read_label
 from utnetv2_fast.data.threads import map_in_threads
 from utnetv2_fast.errors import InputError
@@ -54,11 +54,27 @@ class Summary:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of all cases, foreground classes in the order of their values, at one NSD tolerance in mm."""
+    """The scores of all cases, foreground classes in the order of their values, at one NSD tolerance in mm.
+
+    `confusion` counts the voxels of all cases by their class in the reference (row) and in the prediction (column),
+    background first; it is empty where nobody counted them.
+    """
 
     labels: tuple[str, ...]
     tolerance: float
     scores: tuple[Score, ...]
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """The names of the scored cases, in the order of their scores."""
+        return tuple(dict.fromkeys(score.case for score in self.scores))
+
+    def case_mean(self, case: str, metric: str) -> float:
+        """The mean of `metric` over the classes that have a score in `case`; NaN when none has."""
+        values = [getattr(score, metric) for score in self.scores if score.case == case]
+        values = [value for value in values if not math.isnan(value)]
+        return float(np.mean(values)) if values else math.nan
 
     def summary(self, label: str, metric: str) -> Summary:
         """Mean and deviation over the cases of `metric` ("dice", "hd95" or "nsd") of one class."""
@@ -122,6 +138,15 @@ def score_case(
     return scores
 
 
+def count_confusion(prediction: NDArray[np.uint8], reference: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
+    """(K, K) voxels of two label maps (Z, Y, X) with values below K = `classes`: reference class, predicted class."""
+    counts = np.zeros(classes**2, dtype=np.int64)
+    # Slice by slice: bincount makes eight bytes of every voxel.
+    for predicted, expected in zip(prediction, reference, strict=True):
+        counts += np.bincount(expected.ravel() * np.intp(classes) + predicted.ravel(), minlength=classes**2)
+    return counts.reshape(classes, classes)
+
+
 def evaluate_files(
     pairs: Sequence[tuple[str, Path, Path]],
     labels: Mapping[str, int],
@@ -136,7 +161,7 @@ def evaluate_files(
     if not tolerance >= 0:
         raise InputError(f"The tolerance is {tolerance} mm; give a distance of 0 mm or more.")
 
-    def score(pair: tuple[str, Path, Path]) -> list[Score]:
+    def score(pair: tuple[str, Path, Path]) -> tuple[list[Score], NDArray[np.int64]]:
         case, prediction_file, reference_file = pair
         (prediction, grid), (reference, reference_grid) = read_label(prediction_file), read_label(reference_file)
         if difference := grid_difference(grid, reference_grid):
@@ -150,26 +175,28 @@ def evaluate_files(
                     f"{file}: holds the label {unknown[0]}, but the classes are {', '.join(labels)} (0 to "
                     f"{len(labels) - 1}); check that it belongs to this dataset."
                 )
-        return score_case(case, prediction, reference, reference_grid.spacing, labels, tolerance)
+        scores = score_case(case, prediction, reference, reference_grid.spacing, labels, tolerance)
+        return scores, count_confusion(prediction, reference, len(labels))
 
-    scores = map_in_threads(score, pairs, track, "Evaluating")
+    results = map_in_threads(score, pairs, track, "Evaluating")
     names = tuple(label for label, value in labels.items() if value != 0)
-    return Evaluation(names, tolerance, tuple(score for case in scores for score in case))
+    confusion = sum((counts for _, counts in results), start=np.zeros((len(labels),) * 2, dtype=np.int64))
+    return Evaluation(
+        names,
+        tolerance,
+        tuple(score for scores, _ in results for score in scores),
+        tuple(tuple(row) for row in confusion.tolist()),
+    )
 
 
-def evaluate_folder(
-    predictions: Path,
-    references: Path,
-    track: Track = silent,
-    *,
-    tolerance: float = DEFAULT_TOLERANCE,
-    subset: bool = False,
-) -> Evaluation:
-    """Score every label map CASE.nii.gz or CASE.nii in `predictions`.
+def match_files(
+    predictions: Path, references: Path, *, subset: bool = False
+) -> tuple[Dataset, list[tuple[str, Path, Path]]]:
+    """The dataset of `references`, and (case, prediction file, reference file) of every label map in `predictions`.
 
     `references` is a dataset folder, or a folder of label maps CASE.nii.gz beside dataset.json, which names the
     classes. With `subset`, references without a prediction are left out.
-    Raises InputError as `evaluate_files`, and for a prediction without reference or a reference without prediction.
+    Raises InputError for a prediction without reference and, without `subset`, a reference without prediction.
     """
     if (references / "dataset.json").is_file():
         dataset = read_dataset(references)
@@ -185,7 +212,19 @@ def evaluate_folder(
             f"{predictions}: no prediction for {expected[missing[0]]} ({len(missing)} missing); predict it, or pass "
             "--subset to score the predicted cases only."
         )
-    pairs = [(case, found[case], expected[case]) for case in sorted(found)]
+    return dataset, [(case, found[case], expected[case]) for case in sorted(found)]
+
+
+def evaluate_folder(
+    predictions: Path,
+    references: Path,
+    track: Track = silent,
+    *,
+    tolerance: float = DEFAULT_TOLERANCE,
+    subset: bool = False,
+) -> Evaluation:
+    """Score every label map CASE.nii.gz or CASE.nii in `predictions`; InputError as `match_files`, `evaluate_files`."""
+    dataset, pairs = match_files(predictions, references, subset=subset)
     return evaluate_files(pairs, dataset.labels, track, tolerance=tolerance)
 
 

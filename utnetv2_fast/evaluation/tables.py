@@ -37,7 +37,7 @@ def write_tables(evaluation: Evaluation, folder: Path) -> None:
 
 
 def summarise(evaluation: Evaluation) -> dict[str, Any]:
-    """Mean, sample deviation and number of cases per class and metric, and the mean of the classes; JSON types only.
+    """Mean, sample deviation and number of cases per class and metric, the mean of the classes; JSON types only.
 
     What is undefined (a class that occurs nowhere, the deviation of one case) is None.
     """
@@ -49,11 +49,12 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
         for label in evaluation.labels
     }
     return {
-        "cases": len({score.case for score in evaluation.scores}),
+        "cases": len(evaluation.cases),
         "mean": {name: _or_none(evaluation.mean(metric)) for metric, name in METRICS.items()},
         "classes": classes,
         "nsd_tolerance_mm": evaluation.tolerance,
         "missing_class_rule": MISSING_CLASS_RULE,
+        "confusion_voxels": [list(row) for row in evaluation.confusion],
     }
 
 

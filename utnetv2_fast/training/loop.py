@@ -53,6 +53,10 @@ def never() -> bool:
     return False
 
 
+def ignore_epoch(network: torch.nn.Module) -> None:
+    """The default `after_epoch`."""
+
+
 def train(
     run: RunFolder,
     train_cases: Sequence[PreparedCase],
@@ -61,13 +65,15 @@ def train(
     *,
     watch: Callable[[Progress], None] = ignore_progress,
     stop: Callable[[], bool] = never,
+    after_epoch: Callable[[torch.nn.Module], None] = ignore_epoch,
 ) -> UTNetV2:
     """Train to the end of the last epoch and return the network with averaged weights, in eval mode on `device`.
 
     After every epoch `run` holds the averaged weights (`last`, and `best` by the validation patches' Dice) and a line
     of metrics; after every epoch, and every `checkpoint_minutes` within one, a state to resume from. Where it holds
     such a state already, training goes on from there. Batches and their augmentation depend on the seed and the step
-    alone.
+    alone. When an epoch is saved, `after_epoch` gets the network with averaged weights in eval mode, to look at and not
+    to change.
 
     The state is written first, and what is shown of an epoch follows from it: killed between the two, a training
     shows the rest when it is resumed.
@@ -133,6 +139,7 @@ def train(
                 run.save_state(state.state_dict())
                 _show_epoch(run, state)
             saved = time.perf_counter()
+            after_epoch(state.network)
     return state.network.eval()
 
 

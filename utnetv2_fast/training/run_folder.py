@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -21,6 +21,8 @@ from utnetv2_fast.errors import InputError
 from utnetv2_fast.files import atomic_write, write_text_atomically
 from utnetv2_fast.models import UTNetV2, UTNetV2Config
 from utnetv2_fast.training.config import TrainingConfig
+
+T = TypeVar("T")
 
 Weights = Literal["last", "best"]
 
@@ -68,6 +70,22 @@ class RunFolder:
     @property
     def environment_file(self) -> Path:
         return self.path / "environment.json"
+
+    @property
+    def resources_file(self) -> Path:
+        return self.path / "resources.json"
+
+    @property
+    def curves_file(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def pictures_folder(self) -> Path:
+        return self.path / "pictures"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def validation_folder(self) -> Path:
@@ -161,12 +179,26 @@ class RunFolder:
 
     def append_environment(self, description: dict[str, Any]) -> None:
         """Add to `environment.json`, which has one entry for every time the run was started or resumed."""
-        file = self.environment_file
-        try:
-            earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        except ValueError:
-            raise InputError(f"{file}: damaged; restore it, or make [] its content.") from None
-        write_text_atomically(file, json.dumps([*earlier, description], indent=2))
+        write_text_atomically(self.environment_file, json.dumps([*self.read_environments(), description], indent=2))
+
+    def read_environments(self) -> list[dict[str, Any]]:
+        """The entries of `environment.json`, none before the first start; InputError when it is damaged."""
+        return _read_json(self.environment_file, [])
+
+    def record_resources(self, **measured: float | None) -> None:
+        """Note seconds and peaks of memory in `resources.json`; of a peak noted before, the larger remains.
+
+        What is None was not measured and leaves no trace.
+        """
+        noted = self.read_resources()
+        for name, value in measured.items():
+            if value is not None:
+                noted[name] = max(value, noted.get(name, value)) if name.startswith("peak_") else value
+        write_text_atomically(self.resources_file, json.dumps(noted, indent=2))
+
+    def read_resources(self) -> dict[str, float]:
+        """The content of `resources.json`, nothing before the first epoch has finished; InputError when damaged."""
+        return _read_json(self.resources_file, {})
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
         """Replace `metrics.jsonl`: one record per finished epoch, one line per record."""
@@ -180,3 +212,11 @@ class RunFolder:
             return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
         except ValueError:
             raise InputError(f"{self.metrics_file}: damaged; a resumed training writes it anew.") from None
+
+
+def _read_json(file: Path, default: T) -> T:
+    """The content of a file that this program wrote, or `default` where there is none yet."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else default
+    except ValueError:
+        raise InputError(f"{file}: damaged; restore it, or delete it.") from None
