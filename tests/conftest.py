@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from utnetv2_fast.ops import explain
+from utnetv2_fast.ops.self_check import EXAMPLES, example
+
 if not torch.cuda.is_available():
     # Before Triton is imported: without a GPU its kernels are interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,6 +22,12 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _multiply_float32_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in TF32, which cuDNN takes for convolutions of float32 otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +63,16 @@ DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and a GPU where there is one: `pytest -m gpu` runs those cases alone."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def on_triton(device: torch.device) -> torch.device:
+    """`device`, if every operator of the network runs there by Triton."""
+    for operator in EXAMPLES:
+        refusals = explain(operator, *example(operator, device)).refusals
+        if "triton" in refusals:
+            pytest.skip(f"{operator.__name__}: {refusals['triton']}")
+    return device
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,13 @@ import torch
 from utnetv2_fast.models import UTNetV2, UTNetV2Config
 from utnetv2_fast.models.medformer_weights import convert_medformer_state_dict
 from utnetv2_fast.ops import explain
+from utnetv2_fast.ops.dispatch import interprets_triton
 from utnetv2_fast.ops.self_check import EXAMPLES, example
 
 GOLDEN = Path(os.environ.get("UTNETV2_FAST_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the authors' golden vectors are not beside the checkout")
 
+CPU = torch.device("cpu")
 COMMON = {"blocks": (2, 2, 2), "fusion_channels": 64, "fusion_heads": 4}
 CONFIGS = {
     2: UTNetV2Config(
@@ -52,28 +54,30 @@ CONFIGS = {
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
-def impl(request: pytest.FixtureRequest) -> str:
-    """Every backend that runs all operators of the network here."""
+def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """Every backend that runs all operators of the network on `device`."""
     for operator in EXAMPLES:
-        refusals = explain(operator, *example(operator, torch.device("cpu"))).refusals
+        refusals = explain(operator, *example(operator, device)).refusals
         if request.param in refusals:
             pytest.skip(f"{operator.__name__}: {refusals[request.param]}")
+    if request.param == "triton" and interprets_triton():
+        pytest.skip("Triton's interpreter takes minutes")
     return str(request.param)
 
 
 def load(
-    dimensions: int, dtype: torch.dtype, impl: str
+    dimensions: int, dtype: torch.dtype, impl: str, device: torch.device = CPU
 ) -> tuple[UTNetV2, dict[str, np.ndarray], dict[str, torch.Tensor]]:
     vectors = dict(np.load(GOLDEN / f"medformer_{dimensions}d.npz"))
     state = {k.removeprefix("state/"): torch.from_numpy(v) for k, v in vectors.items() if k.startswith("state/")}
     model = UTNetV2(CONFIGS[dimensions].model_copy(update={"impl": impl}))
     model.load_medformer_state_dict(state)
-    return model.to(dtype).eval(), vectors, state
+    return model.to(device, dtype).eval(), vectors, state
 
 
 def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
     reference = torch.from_numpy(expected)
-    return ((actual.double() - reference).norm() / reference.norm()).item()
+    return ((actual.cpu().double() - reference).norm() / reference.norm()).item()
 
 
 def with_auxiliary(model: UTNetV2, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,9 +93,10 @@ TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
 
 def gradients(model: UTNetV2, vectors: dict[str, np.ndarray], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Logits, auxiliary logits and the input's gradient of the scalar in the vectors; parameters keep theirs."""
-    x = torch.from_numpy(vectors["input"]).to(dtype).requires_grad_()
+    device = next(model.parameters()).device
+    x = torch.from_numpy(vectors["input"]).to(device, dtype).requires_grad_()
     logits, auxiliary = with_auxiliary(model, x)
-    c1, c2 = (torch.from_numpy(vectors[f"cotangent/{name}"]).to(dtype) for name in ("logits", "aux"))
+    c1, c2 = (torch.from_numpy(vectors[f"cotangent/{name}"]).to(device, dtype) for name in ("logits", "aux"))
     ((logits * c1).sum() + (auxiliary * c2).sum()).backward()
     assert x.grad is not None
     return logits.detach(), auxiliary.detach(), x.grad
@@ -115,10 +120,18 @@ def gradient_change_from_rounded_weights(dimensions: int) -> float:
     return worst
 
 
+def skip_float64_on_triton(impl: str, dtype: torch.dtype) -> None:
+    if impl == "triton" and dtype == torch.float64:
+        pytest.skip("its kernels compute in float32")
+
+
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_eval_outputs_and_gradients(dimensions: int, dtype: torch.dtype, tolerance: float, impl: str) -> None:
-    model, vectors, state = load(dimensions, dtype, impl)
+def test_eval_outputs_and_gradients(
+    dimensions: int, dtype: torch.dtype, tolerance: float, impl: str, device: torch.device
+) -> None:
+    skip_float64_on_triton(impl, dtype)
+    model, vectors, state = load(dimensions, dtype, impl, device)
     logits, auxiliary, grad_input = gradients(model, vectors, dtype)
     assert relative_error(logits, vectors["eval/logits"]) < tolerance
     assert relative_error(auxiliary, vectors["eval/aux"]) < tolerance
@@ -146,7 +159,7 @@ def test_eval_outputs_and_gradients(dimensions: int, dtype: torch.dtype, toleran
         grad = ours[name].grad
         assert grad is not None, name
         flat = torch.empty(grad.numel(), dtype=torch.float64)
-        flat[positions[name].flatten()] = grad.double().flatten()
+        flat[positions[name].flatten()] = grad.cpu().double().flatten()
         assert flat.norm().item() == pytest.approx(norms[theirs], rel=tolerance, abs=noise), name
         head, allowed = heads[theirs][: flat.numel()], tolerance * norms[theirs] + noise
         np.testing.assert_allclose(flat[:8], head, rtol=0, atol=allowed, err_msg=name)
@@ -156,8 +169,11 @@ def test_eval_outputs_and_gradients(dimensions: int, dtype: torch.dtype, toleran
 
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_train_mode_logits(dimensions: int, dtype: torch.dtype, tolerance: float, impl: str) -> None:
-    model, vectors, _ = load(dimensions, dtype, impl)
-    outputs = model.train()(torch.from_numpy(vectors["input"]).to(dtype))
+def test_train_mode_logits(
+    dimensions: int, dtype: torch.dtype, tolerance: float, impl: str, device: torch.device
+) -> None:
+    skip_float64_on_triton(impl, dtype)
+    model, vectors, _ = load(dimensions, dtype, impl, device)
+    outputs = model.train()(torch.from_numpy(vectors["input"]).to(device, dtype))
     assert isinstance(outputs, tuple)
     assert relative_error(outputs[0], vectors["train/logits"]) < tolerance

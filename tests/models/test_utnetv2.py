@@ -118,6 +118,40 @@ def test_compiles_without_graph_breaks(dimensions: int, backend: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+# Small enough for Triton's interpreter.
+SMALLEST = {"channels": (4, 4, 8, 8, 8), "fusion_channels": 8}
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_triton_trains_as_the_reference(dimensions: int, on_triton: torch.device) -> None:
+    def run(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Both outputs, and the gradients in one vector."""
+        model = tiny(dimensions, impl=impl, **SMALLEST).to(on_triton, dtype)
+        outputs = model(x.to(dtype))
+        sum(o.square().mean() for o in outputs).backward()
+        return [*outputs, torch.cat([p.grad.flatten() for p in model.parameters()])]
+
+    x = torch.randn(2, 2, *(8, 16, 16)[-dimensions:], device=on_triton)
+    results, eager, exact = (
+        run("triton", torch.float32),
+        run("reference", torch.float32),
+        run("reference", torch.float64),
+    )
+    for got, want, true in zip(results, eager, exact, strict=True):
+        assert (got - true).norm() <= 3 * (want - true).norm() + 1e-4 * true.norm()
+
+
+def test_compiles_without_graph_breaks_on_triton(on_triton: torch.device) -> None:
+    torch._dynamo.reset()
+    model = tiny(2, impl="triton", **SMALLEST).to(on_triton)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 2, 16, 16, device=on_triton)
+    expected, actual = model(x)[0], compiled(x)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    actual.square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_autocast_keeps_the_prediction_close() -> None:
     model = tiny(3).eval()
     x = torch.randn(1, 2, 16, 32, 32)

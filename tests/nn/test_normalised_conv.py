@@ -14,7 +14,6 @@ from utnetv2_fast.nn.convolution import DepthwiseConv, MBConv, Norm, NormActConv
 from utnetv2_fast.nn.stages import PatchMerging
 from utnetv2_fast.ops import explain
 from utnetv2_fast.ops.dispatch import Impl, implementation
-from utnetv2_fast.ops.self_check import EXAMPLES, example
 
 Make = Callable[[int, Norm, Impl], nn.Module]  # of 2 or 3 dimensions, for maps of 8 channels
 
@@ -85,16 +84,6 @@ def test_results_gradients_and_statistics_are_torchs(
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     for got, want in zip(fused.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
-@pytest.fixture
-def on_triton(device: torch.device) -> torch.device:
-    """The device, if every operator runs there by Triton."""
-    for operator in EXAMPLES:
-        refusals = explain(operator, *example(operator, device)).refusals
-        if "triton" in refusals:
-            pytest.skip(f"{operator.__name__}: {refusals['triton']}")
-    return device
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -18,7 +18,7 @@ SHAPES: list[tuple[int, ...]] = [
     (2, 32, 12, 9),
     (1, 5, 7, 8),
     (2, 16, 6, 10, 8),
-    (2, 19, 70, 33),
+    (2, 19, 37, 33),
     (1, 3, 5, 40, 41),
     (2, 600, 3, 3),
     (2, 7, 11),
@@ -180,9 +180,7 @@ def test_repeats_are_bit_identical(layout: Layout, impl: str, device: torch.devi
         result = scale_shift(*inputs, relu=True, impl=impl)
         return [result, *torch.autograd.grad(result, inputs, grad)]
 
-    first = run()
-    for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3, 4])

@@ -19,13 +19,24 @@ from utnetv2_fast.ops.scale_shift import scale_shift
 
 Operator = Callable[..., Tensor | tuple[Tensor | None, ...]]
 
-# Shapes of the tensor arguments: ACDC's in small.
-EXAMPLES: dict[Operator, tuple[tuple[int, ...], ...]] = {
-    bidirectional_attention: ((1, 4, 260, 32), (1, 4, 260, 32), (1, 4, 27, 32), (1, 4, 27, 32)),
-    channel_moments: ((1, 16, 6, 10, 12),),
-    depthwise_conv: ((1, 16, 6, 10, 12), (16, 1, 3, 3, 3)),
-    depthwise_separable_conv: ((1, 16, 6, 10, 12), (16, 1, 1, 3, 3), (24, 16, 1, 1, 1)),
-    scale_shift: ((1, 16, 6, 10, 12), (1, 16), (1, 16)),
+Shape = tuple[int, ...]
+
+
+def _map(scale: int) -> Shape:
+    return (1, 16, 6 * scale, 10 * scale, 12 * scale)
+
+
+def _heads(tokens: int) -> Shape:
+    return (1, 4, tokens, 32)
+
+
+# Shapes of the tensor arguments: ACDC's in small, every spatial axis longer by a factor.
+EXAMPLES: dict[Operator, Callable[[int], tuple[Shape, ...]]] = {
+    bidirectional_attention: lambda scale: (*[_heads(260 * scale**3)] * 2, *[_heads(27)] * 2),
+    channel_moments: lambda scale: (_map(scale),),
+    depthwise_conv: lambda scale: (_map(scale), (16, 1, 3, 3, 3)),
+    depthwise_separable_conv: lambda scale: (_map(scale), (16, 1, 1, 3, 3), (24, 16, 1, 1, 1)),
+    scale_shift: lambda scale: (_map(scale), (1, 16), (1, 16)),
 }
 
 
@@ -69,31 +80,37 @@ _OTHER_USES: dict[Operator, Operator] = {
 
 
 def example(operator: Operator, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """The same random arguments for `operator` at every call, on any device."""
+    """The same random arguments for `operator` at every call: on a GPU enough to give every multiprocessor some."""
     generator = torch.Generator().manual_seed(0)
+    shapes = EXAMPLES[operator](4 if device.type == "cuda" else 1)
     return tuple(
         # Parameters of channels, (B, C), are float32 beside narrower maps.
         torch.randn(shape, generator=generator).to(
             device, dtype if len(shape) > 2 else torch.promote_types(dtype, torch.float32)
         )
-        for shape in EXAMPLES[operator]
+        for shape in shapes
     )
 
 
 def relative_error(operator: Operator, device: torch.device, dtype: torch.dtype, impl: Impl = "auto") -> float:
     """Largest error of any result or gradient against float64 on the CPU, as a share of its largest value; NaN counts.
 
-    Of the operator itself and of its other uses.
+    Of the operator itself and of its other uses, in two layouts.
     """
     inputs = example(operator, device, dtype)
     exact_inputs = tuple(t.cpu().double() for t in inputs)
     errors = []
-    for use in (operator, _OTHER_USES.get(operator)):
-        if use is not None:
-            exact = _results_and_gradients(use, exact_inputs, "reference")
-            results = _results_and_gradients(use, inputs, impl)
+    for use in filter(None, (operator, _OTHER_USES.get(operator))):
+        exact = _results_and_gradients(use, exact_inputs, "reference")
+        for arguments in (inputs, tuple(map(_channels_last, inputs))):
+            results = _results_and_gradients(use, arguments, impl)
             errors += [(r.cpu().double() - e).abs().max() / e.abs().max() for r, e in zip(results, exact, strict=True)]
     return float(torch.stack(errors).max())  # not Python's max, which may pass over NaN
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """`x` with its second axis, channels or heads, innermost in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
