@@ -56,6 +56,35 @@ def _poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.fixture(autouse=True)
+def _interpret_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter puts its own functions into the language at every call of a helper; once a launch is enough.
+
+    That is where four fifths of its time go.
+    """
+    interpreter: Any = sys.modules.get("triton.runtime.interpreter")
+    if not hasattr(interpreter, "_patch_lang"):
+        return
+    patch = interpreter._patch_lang
+    patched: dict[bool, Any] = {}
+
+    class Scope:
+        def __init__(self, fn: Any) -> None:
+            self._scope = patch(fn)
+
+        def restore(self) -> None:
+            patched.clear()
+            self._scope.restore()
+
+    def patch_once(fn: Any) -> Any:
+        language = "tl" in fn.__globals__  # else it is of the standard library, which calls the same modules otherwise
+        if language not in patched:
+            patched[language] = Scope(fn)
+        return patched[language]
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+
+
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 

@@ -38,13 +38,13 @@ LARGER_CASES: list[Case] = [
 # Of Triton, whose interpreter is slow: taps that are loaded when needed, taps split among programs, walks along D and H
 # and along neither, in several chunks, channels, rows and columns in several blocks, and a rest of each.
 TRITON_CASES: list[Case] = [
-    ((1, 2, 3, 8, 9), (7, 7, 7)),
-    ((1, 3, 4, 9, 7), (5, 5, 5)),
-    ((2, 3, 9, 40), (7, 7)),
-    ((1, 2, 20, 3), (19, 5)),
-    ((1, 70, 9, 6, 5), (3, 3, 3)),
+    ((1, 2, 3, 2, 4), (7, 3, 7)),
+    ((1, 3, 2, 6, 5), (5, 5, 5)),
+    ((1, 3, 9, 20), (7, 7)),
+    ((1, 2, 10, 3), (19, 5)),
+    ((1, 70, 3, 6, 5), (3, 3, 3)),
     ((2, 3, 37, 6), (3, 3)),
-    ((1, 1, 3, 21, 70), (1, 3, 3)),
+    ((1, 1, 2, 9, 70), (1, 3, 3)),
     ((1, 2, 40, 5, 3), (5, 1, 1)),
     ((1, 2, 3, 40), (1, 3)),
     ((1, 3, 5, 6), (1, 1)),
@@ -122,7 +122,7 @@ def test_larger_results_and_gradients_match_float64(
     check_accuracy(make_inputs(case, layout, dtype, device), layout, compiled_build, assert_accurate)
 
 
-@pytest.mark.parametrize("layout", [contiguous, channels_last, sliced])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", TRITON_CASES, ids=str)
 def test_triton_results_and_gradients_match_float64(

@@ -56,17 +56,15 @@ def _scaled_depthwise_conv(x: Tensor, weight: Tensor, *, impl: Impl) -> tuple[Te
 
 
 @torch.no_grad()
-def _channels_last_separable_conv(
+def _scaled_depthwise_separable_conv(
     x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, *, impl: Impl
-) -> tuple[Tensor, Tensor]:
-    """Both convolutions, plain and behind a normalisation, in the layout in which Triton makes one kernel of them."""
-    x, (scale, shift) = x.contiguous(memory_format=torch.channels_last_3d), _scale_and_shift(x)
-    plain = depthwise_separable_conv(x, depthwise_weight, pointwise_weight, impl=impl)
-    weights, ops = (depthwise_weight, pointwise_weight), torch.ops.utnetv2_fast
+) -> Tensor:
+    """The same in place of `depthwise_separable_conv`, by one kernel where Triton makes one of both convolutions."""
+    (scale, shift), weights, ops = _scale_and_shift(x), (depthwise_weight, pointwise_weight), torch.ops.utnetv2_fast
     if choose("depthwise_separable_conv", impl, (x, *weights)) == "triton" and fuses(x, *weights):
-        return plain, ops.scaled_depthwise_separable_conv(x, scale, shift, True, *weights)
+        return ops.scaled_depthwise_separable_conv(x, scale, shift, True, *weights)
     y = ops.scale_shift(x, scale, shift, True, choose("scale_shift", impl, (x,)))
-    return plain, depthwise_separable_conv(y, *weights, impl=impl)
+    return depthwise_separable_conv(y, *weights, impl=impl)
 
 
 # Further uses of an operator that run kernels of their own, on the same arguments.
@@ -74,7 +72,7 @@ _OTHER_USES: dict[Operator, Operator] = {
     bidirectional_attention: functools.partial(bidirectional_attention, need_map=False),
     channel_moments: through_channel_moments,
     depthwise_conv: _scaled_depthwise_conv,
-    depthwise_separable_conv: _channels_last_separable_conv,
+    depthwise_separable_conv: _scaled_depthwise_separable_conv,
     scale_shift: functools.partial(scale_shift, relu=True),
 }
 
