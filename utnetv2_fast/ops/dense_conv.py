@@ -20,7 +20,7 @@ def dense_conv(x: Tensor, weight: Tensor) -> Tensor:
     if _is_product(x, weight):
         return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
     convolution = F.conv2d if x.ndim == 4 else F.conv3d
-    return in_layout_of(x, convolution(x, weight, padding=_padding(weight)))
+    return _in_layout_of(x, convolution(x, weight, padding=_padding(weight)))
 
 
 def dense_conv_backward(
@@ -51,7 +51,7 @@ def dense_conv_backward(
     )
     if need_weight and backend != "reference":
         grad_weight = conv_backward_weight(grad_out, x, weight, impl=backend)  # type: ignore[arg-type]
-    return None if grad_x is None else in_layout_of(x, grad_x), grad_weight
+    return None if grad_x is None else _in_layout_of(x, grad_x), grad_weight
 
 
 def _padding(weight: Tensor) -> list[int]:
@@ -68,8 +68,7 @@ def _is_product(x: Tensor, weight: Tensor) -> bool:
     return all(k == 1 for k in weight.shape[2:]) and _is_channels_last(x)
 
 
-def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
-    """`result`, a convolution of `x` or a gradient of its shape, in channels-last where `x` is."""
+def _in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     if not _is_channels_last(x):
         return result
     return result.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
