@@ -8,6 +8,7 @@ except for a training what reads scans (nibabel, scipy, pydantic, typer and the 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -18,7 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -269,19 +272,31 @@ def convolution_rows(name: str, case: Depthwise, dtype: torch.dtype, channels_la
     yield from rows(depthwise_separable_conv, convolve_separably, (weight, pointwise), 2, moved, flops)
 
 
-def operator_rows(clock: Clock) -> Iterator[Row]:
-    """The largest level of every network first, in the network's own dtype and layout; then the rest."""
-    ways = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True))
-    for dtype, channels_last in ways:
-        for index in range(5):
+def operator_cases() -> Iterator[tuple[str, Callable[[], Iterator[Row]]]]:
+    """Names and rows: the largest level of every network first, in its own dtype and layout; then the rest."""
+    for dtype, channels_last in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)):
+        way = (dtype, channels_last)
+        for index in range(5 if dtype == torch.bfloat16 else 1):
             for name in BATCHES:
-                if index < len(ATTENTION.get(name, [])) and (index == 0 or dtype == torch.bfloat16):
-                    clock.check()
-                    yield from attention_rows(name, ATTENTION[name][index], dtype, channels_last)
-                if index < len(DEPTHWISE.get(name, [])) and (index == 0 or dtype == torch.bfloat16):
-                    clock.check()
-                    yield from convolution_rows(name, DEPTHWISE[name][index], dtype, channels_last)
-                forget()
+                label = f"{name} {index} {str(dtype).removeprefix('torch.')} {'last' if channels_last else 'first'}"
+                if index < len(ATTENTION.get(name, [])):
+                    case = functools.partial(attention_rows, name, ATTENTION[name][index], *way)
+                    yield f"attention of {label}", case
+                if index < len(DEPTHWISE.get(name, [])):
+                    case = functools.partial(convolution_rows, name, DEPTHWISE[name][index], *way)
+                    yield f"convolutions of {label}", case
+
+
+@contextmanager
+def noted(failures: list[str], what: str) -> Iterator[None]:
+    """What cannot be measured is noted and the rest goes on: there may not be another hour on this GPU."""
+    try:
+        yield
+    except OutOfTimeError:
+        failures.append(f"{what}: out of time")
+    except Exception as error:  # a wrong result, too little memory, whatever a compiler makes of a kernel
+        failures.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0])
+        print(failures[-1], flush=True)
 
 
 # ---- networks
@@ -367,10 +382,18 @@ def self_check() -> list[dict[str, object]]:
     ]
 
 
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
 def train(data: Path, preset: str, minutes: float, out: Path) -> str:
     """A training of about that many minutes by the command line; what it printed at the end."""
-    command = [sys.executable, "-m", "utnetv2_fast.cli.app", "train", "--data", str(data), "--preset", preset]
-    command += ["--device", "cuda", "--fold", "0", "--out", str(out / "run")]
+    command = [sys.executable, "-m", "utnetv2_fast", "train", "--data", str(data.resolve()), "--preset", preset]
+    command += ["--device", "cuda", "--fold", "0", "--out", str((out / "run").resolve())]
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=60 * minutes, check=False, cwd=Path(__file__).parents[1]
@@ -430,9 +453,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     minutes = options.minutes * (2 / 3 if options.data else 1)
     clock = Clock(time.monotonic() + 60 * minutes)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # peers in float32 are checked too
 
-    facts = machine() | {"command": shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]])}
+    facts = machine() | {"driver": driver(), "triton": metadata.version("triton")}
+    facts |= {"command": shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]])}
     checked = self_check()
     report: dict[str, object] = {"machine": facts, "self_check": checked}
     texts = ["\n".join(f"* {key}: {value}" for key, value in facts.items())]
@@ -453,13 +477,12 @@ def main() -> None:
 
     write()
     networks: list[NetworkRow] = []
-    try:
-        for preset in NETWORKS:
+    failures: list[str] = []
+    for preset in NETWORKS:
+        with noted(failures, preset):
             for network_row in network_rows(preset, clock):
                 networks.append(network_row)
                 print(network_row, flush=True)
-    except OutOfTimeError:
-        print("networks: out of time", flush=True)
     report["networks"] = [asdict(row) for row in networks]
     header = ["network", "variant", "ms per step", "peak GiB", "error of the loss"]
     texts.append(
@@ -473,13 +496,15 @@ def main() -> None:
     )
     write()
     rows: list[Row] = []
-    try:
-        for row in operator_rows(clock):
-            rows.append(row)
-            print(row, flush=True)
-    except OutOfTimeError:
-        print("operators: out of time", flush=True)
-    report["operators"] = [asdict(row) for row in rows]
+    for name, case in operator_cases():
+        with noted(failures, name):
+            clock.check()
+            for row in case():
+                rows.append(row)
+                print(row, flush=True)
+        forget()
+    report |= {"operators": [asdict(row) for row in rows], "failures": failures}
+    texts.append("Not measured: " + ("; ".join(failures) or "nothing") + ".")
     for operator in dict.fromkeys(row.operator for row in rows):
         of_operator = [row for row in rows if row.operator == operator]
         texts.append(f"{operator}:\n\n" + operator_table(of_operator, roof_bytes, roof_flops))

@@ -395,6 +395,7 @@ def _blocks_by_rule(BL: int, d: int, itemsize: int, architecture: str, backward:
     BN = max(16, min(tokens, 2048 // BL, (2048 if architecture.startswith("gfx") else 4096) // BD))
     if backward:
         BN = tokens if BL * BD <= 1024 else 16
+        BD = min(BD, 64) if BL >= 128 else BD  # shared memory of the smaller chips
     if itemsize == 4:  # without tensor cores a thread holds what it multiplies
         BN = 16
         BD = min(d, max(16, 2048 // BL)) if backward else BD
@@ -486,7 +487,7 @@ def _launch_forward(
         q, q.stride(), v, v.stride(), map_q, map_q.stride(), map_v, map_v.stride(), out, out.stride(),
         references, sums, parts, n, l, h, splits, scale,
         D=d, BL=power_of_two(max(l, 16)), UPDATES_MAP=updates_map, LEAST=least, GREATEST=greatest,
-        BITS=_counts_bits(q.dtype), PRECISION=input_precision(), **blocks._asdict(),
+        BITS=_counts_bits(q.dtype), PRECISION=input_precision(q.dtype), **blocks._asdict(),
     )  # fmt: skip
 
 
@@ -551,7 +552,7 @@ def _launch_backward(
         column_lse, grad_q, grad_q.stride(), grad_v, grad_v.stride(), parts,
         q.shape[2], l, h, splits, scale, parts.stride(0),
         D=d, BL=power_of_two(max(l, 16)), UPDATES_MAP=updates_map, LEAST=2.0**-60, BITS=_counts_bits(q.dtype),
-        PRECISION=input_precision(), **blocks._asdict(),
+        PRECISION=input_precision(q.dtype), **blocks._asdict(),
     )  # fmt: skip
     for part, gradient in zip(parts, (grad_map_q, grad_map_v), strict=True):
         _sum_kernel[(b * h, cdiv(l * d, BE))](

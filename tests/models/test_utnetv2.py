@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.models import PRESETS, UTNetV2, UTNetV2Config
@@ -87,6 +88,21 @@ def test_channels_last_gives_the_same_logits(dimensions: int) -> None:
         expected = model(x)
         actual = model.to(memory_format=channels_last)(x.to(memory_format=channels_last))
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_token_maps_are_channels_last_on_a_cpu(dimensions: int) -> None:
+    model = tiny(dimensions)
+    stages = [model.stem, model.conv_down, *model.down, *model.up, *model.conv_up]
+    strides: list[int] = []
+    for stage in stages:
+        stage.register_forward_hook(lambda module, inputs, out: strides.append(_token_map(out).stride(1)))
+    model(torch.randn(2, 2, *(32,) * dimensions))
+    assert strides == [1] * len(stages)
+
+
+def _token_map(out: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
 
 
 # Tracing the backward pass of the 3D network takes a minute and a half: its operators are traced in their own tests.

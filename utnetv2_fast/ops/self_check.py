@@ -131,6 +131,10 @@ def _results_and_gradients(operator: Operator, inputs: tuple[Tensor, ...], impl:
     return [*(r.detach() for r in results), *(g for g in gradients if g is not None)]
 
 
+# What CUDA says when a kernel has spoilt the GPU for this process: nothing can run on it after that.
+_FATAL = ("illegal memory access", "misaligned address", "unspecified launch failure")
+
+
 @dataclass(frozen=True)
 class Finding:
     """What came of an operator's check: its error (None if it raised), and what is wrong (None if nothing is)."""
@@ -144,6 +148,8 @@ def check(operator: Operator, device: torch.device, dtype: torch.dtype, impl: Im
     try:
         error = relative_error(operator, device, dtype, impl)
     except Exception as raised:  # whatever a compiler or a driver makes of a kernel
+        if any(word in str(raised).lower() for word in _FATAL):
+            raise
         return Finding(None, f"{type(raised).__name__}: {raised}".splitlines()[0])
     if error <= tolerance(dtype, device):
         return Finding(error, None)
