@@ -210,7 +210,10 @@ def test_without_map_only_the_tokens_are_updated(layout: Layout, impl: str, devi
     out, map_out = bidirectional_attention(*inputs, need_map=False, impl=impl)
     assert map_out is None
     both = bidirectional_attention(*inputs, impl=impl)
-    assert torch.equal(out, both[0])
+    if impl == "triton":  # with a map, one exponential serves both softmaxes
+        torch.testing.assert_close(out, both[0])
+    else:
+        assert torch.equal(out, both[0])
     weights = torch.randn_like(out)
     gradients = torch.autograd.grad(out, inputs, weights, allow_unused=True)
     expected = torch.autograd.grad(both[0], inputs, weights)

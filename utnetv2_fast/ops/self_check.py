@@ -63,7 +63,8 @@ def _scaled_depthwise_separable_conv(
     (scale, shift), weights, ops = _scale_and_shift(x), (depthwise_weight, pointwise_weight), torch.ops.utnetv2_fast
     if choose("depthwise_separable_conv", impl, (x, *weights)) == "triton" and fuses(x, *weights):
         return ops.scaled_depthwise_separable_conv(x, scale, shift, True, *weights)
-    y = ops.scale_shift(x, scale, shift, True, choose("scale_shift", impl, (x,)))
+    over = (..., None, None, None)
+    y = (x * scale[over] + shift[over]).relu().to(x.dtype)
     return depthwise_separable_conv(y, *weights, impl=impl)
 
 
