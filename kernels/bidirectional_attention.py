@@ -104,10 +104,16 @@ def _product_of_slices(
 
 
 @triton.jit
+def _divided(b_e, b_row_sum, BITS: tl.constexpr):
+    """Rows by their sums: in float32 a true division, so that a row of one is 1."""
+    return b_e * (1.0 / b_row_sum)[:, None] if BITS else b_e / b_row_sum[:, None]
+
+
+@triton.jit
 def _row_softmax(b_s, m_n, BITS: tl.constexpr):
     b_top = tl.where(m_n, tl.max(b_s, 1), 0.0)
     b_e = _exp(b_s - b_top[:, None], BITS)
-    return b_e * (1.0 / tl.where(m_n, tl.sum(b_e, 1), 1.0))[:, None]
+    return _divided(b_e, tl.where(m_n, tl.sum(b_e, 1), 1.0), BITS)
 
 
 @triton.jit
@@ -179,7 +185,7 @@ def _forward_kernel(
                 b_e = _exp(b_s - b_top, BITS)
                 b_rows = _row_softmax(b_s, m_n, BITS)
             else:
-                b_rows = b_e * (1.0 / b_row_sum)[:, None]
+                b_rows = _divided(b_e, b_row_sum, BITS)
             # The sums are of what the product sees: its weights then add up to one, however they are rounded.
             b_weights = b_e.to(b_v.dtype)
             b_sums += b_weights.to(tl.float32)
@@ -326,7 +332,7 @@ def _backward_kernel(
                 b_rows = _row_softmax(b_s, m_n, BITS)
                 b_columns = _exp(b_s - b_lse[None, :], BITS)
             else:
-                b_rows = b_e * (1.0 / b_row_sum)[:, None]
+                b_rows = _divided(b_e, b_row_sum, BITS)
                 b_columns = b_e * b_factors[None, :]
         else:
             b_rows = _row_softmax(b_s, m_n, BITS)
