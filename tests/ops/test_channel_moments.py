@@ -96,11 +96,11 @@ def test_results_and_gradients_match_float64(
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.integers(1, 3),
-    st.integers(1, 20),
-    st.lists(st.integers(1, 40), min_size=1, max_size=3),
-    st.sampled_from(LAYOUTS),
-    st.sampled_from(LAYOUTS),
+    b=st.integers(1, 3),
+    c=st.integers(1, 20),
+    spatial=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    layout=st.sampled_from(LAYOUTS),
+    other_layout=st.sampled_from(LAYOUTS),
 )
 def test_any_shape_in_any_layout(
     b: int, c: int, spatial: list[int], layout: Layout, other_layout: Layout, impl: str, device: torch.device
