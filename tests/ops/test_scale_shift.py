@@ -112,12 +112,12 @@ def test_result_and_gradients_match_float64(
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.integers(1, 3),
-    st.integers(1, 20),
-    st.lists(st.integers(1, 40), min_size=1, max_size=3),
-    st.sampled_from(LAYOUTS),
-    st.sampled_from(LAYOUTS),
-    st.booleans(),
+    b=st.integers(1, 3),
+    c=st.integers(1, 20),
+    spatial=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    layout=st.sampled_from(LAYOUTS),
+    grad_layout=st.sampled_from(LAYOUTS),
+    relu=st.booleans(),
 )
 def test_any_shape_in_any_layout(
     b: int, c: int, spatial: list[int], layout: Layout, grad_layout: Layout, relu: bool, impl: str, device: torch.device
