@@ -63,7 +63,7 @@ class TrainingState:
     @property
     def learning_rate(self) -> float:
         """Of the latest step."""
-        return self.schedule.base_lrs[0] * self.schedule.lr_lambdas[0](self.step - 1)
+        return float(self.schedule.base_lrs[0]) * self.schedule.lr_lambdas[0](self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, which `torch.load(weights_only=True)` reads."""
