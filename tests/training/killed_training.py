@@ -96,6 +96,7 @@ def main(template: Path, out: Path, cases: list[PreparedCase], kind: str, seed: 
         for number in range(KILLED_RUNS):
             run = new_run(str(number))
             while not kill_after(random.uniform(0, duration), run, cases):  # it had come to its end
+                duration *= 0.8  # the machine was slower when that was measured
                 shutil.rmtree(run)
                 new_run(str(number))
             was_killed(start(run, cases))
