@@ -119,7 +119,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes canno
 
 @needs_fork
 def test_killed_at_random_instants(make_run: MakeRun, kill: Kill) -> None:
-    whole, *killed = kill(make_run(epochs=2, steps_per_epoch=2, checkpoint_minutes=0.1 / 60), "times")
+    whole, *killed = kill(make_run(epochs=3, steps_per_epoch=6, checkpoint_minutes=0.03 / 60), "times")
     assert len(killed) == 20
     for run in killed:
         assert_same(run, whole)
@@ -127,8 +127,8 @@ def test_killed_at_random_instants(make_run: MakeRun, kill: Kill) -> None:
 
 @needs_fork
 def test_killed_before_and_after_every_write(make_run: MakeRun, kill: Kill) -> None:
-    whole, *killed = kill(make_run(epochs=2, steps_per_epoch=1, checkpoint_minutes=0), "writes")
-    assert len(killed) >= 2 * (2 * (1 + 3) + 1)  # state of the step; state, weights and metrics; the best weights
+    whole, *killed = kill(make_run(epochs=2, steps_per_epoch=2, checkpoint_minutes=0), "writes")
+    assert len(killed) >= 2 * (2 * (2 + 3) + 1)  # states of two steps; state, weights and metrics; the best weights
     for run in killed:
         assert_same(run, whole)
 
