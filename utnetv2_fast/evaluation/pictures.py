@@ -270,7 +270,7 @@ def contour_lines(label: NDArray[np.uint8], spacing: tuple[float, float]) -> lis
 
 def _mark_geometry(axes: Axes, view: View, box: Box) -> None:
     """Where the patient's sides are, and a bar of a round length."""
-    ink = {
+    ink: dict[str, Any] = {
         "color": "white",
         "fontsize": 8,
         "path_effects": [withStroke(linewidth=2, foreground="black")],
