@@ -108,9 +108,9 @@ def take_view(
     """Slice `index` along `axis` of a canonical scan and its label maps (Z, Y, X) with spacing (z, y, x) in mm."""
     row, column = (other for other in range(3) if other != axis)
     return view_slice(
-        None if scan is None else scan.take(index, axis),
-        reference.take(index, axis),
-        prediction.take(index, axis),
+        None if scan is None else np.asarray(scan.take(index, axis)),
+        np.asarray(reference.take(index, axis)),
+        np.asarray(prediction.take(index, axis)),
         (spacing[row], spacing[column]),
         (row, column),
         f"{_PLANES[axis]} slice {index + 1} of {reference.shape[axis]}",
