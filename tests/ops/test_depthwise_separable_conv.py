@@ -34,8 +34,12 @@ def formula(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Te
     return convolution(convolution(x, depthwise_weight, padding=padding, groups=x.shape[1]), pointwise_weight)
 
 
+def memory_format(axes: int) -> torch.memory_format:
+    return torch.channels_last if axes == 2 else torch.channels_last_3d
+
+
 def channels_last(x: Tensor) -> Tensor:
-    return x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    return x.to(memory_format=memory_format(x.ndim - 2))
 
 
 def sliced(x: Tensor) -> Tensor:
@@ -108,15 +112,15 @@ def test_fused_results_match_float64(
     else:
         result = ops.scaled_depthwise_separable_conv(x, scale, shift, relu, depthwise_weight, pointwise_weight)
     assert_accurate(result, expected(dtype), expected(torch.float64), factor=3.0)
-    assert result.stride() == expected(dtype).stride()
+    assert result.is_contiguous(memory_format=memory_format(len(kernel)) if x.stride(1) == 1 else torch.contiguous_format)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_fused_gradients_match_float64(
-    dtype: torch.dtype, skip_refused: Callable[[str], str], device: torch.device, assert_accurate: Callable[..., None]
+    skip_refused: Callable[[str], str], device: torch.device, assert_accurate: Callable[..., None]
 ) -> None:
     impl = skip_refused("triton")
-    inputs = tuple(channels_last(t.detach()).requires_grad_() for t in make_inputs(7, 9, dtype=dtype, device=device))
+    inputs = make_inputs(7, 9, dtype=torch.float16, device=device)
+    inputs = tuple(channels_last(t.detach()).requires_grad_() for t in inputs)
     assert fuses(*inputs)
     exact_inputs = tuple(t.detach().double().requires_grad_() for t in inputs)
     result, eager, exact = depthwise_separable_conv(*inputs, impl=impl), formula(*inputs), formula(*exact_inputs)
