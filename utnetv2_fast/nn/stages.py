@@ -19,6 +19,7 @@ from utnetv2_fast.nn.convolution import (
 )
 from utnetv2_fast.nn.normalised_conv import fuses, through_moments
 from utnetv2_fast.nn.semantic_map import SemanticMapGeneration
+from utnetv2_fast.ops.dense_conv import in_layout_of
 from utnetv2_fast.ops.dispatch import Impl
 
 
@@ -47,7 +48,8 @@ class Stem(nn.Module):
         self.block = ResidualBlock(channels, channels, kernel_size, norm, impl=impl)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(self.conv(x))
+        # torch takes a single sample of a single channel for channels-first, whatever its strides.
+        return self.block(in_layout_of(x, self.conv(x)))
 
 
 class PatchMerging(nn.Module):
