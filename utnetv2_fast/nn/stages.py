@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utnetv2_fast.nn.bidirectional_attention import BidirectionalAttentionBlock
+from utnetv2_fast.nn.channels import concatenate, merge_patches
 from utnetv2_fast.nn.convolution import (
     DepthwiseSeparableConv,
     Norm,
@@ -72,22 +73,13 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.scale = scale
         self.impl: Impl = impl
-        if len(scale) == 2:
-            self.offsets = [offset[::-1] for offset in itertools.product(*map(range, scale[::-1]))]
-        else:
-            self.offsets = list(itertools.product(*map(range, scale)))
-        merged = in_channels * len(self.offsets)
+        merged = in_channels * math.prod(scale)
         self.norm = make_norm(norm, merged, len(scale))
         self.reduce = DepthwiseSeparableConv(merged, out_channels, kernel_size, impl=impl)
 
     def forward(self, x: Tensor) -> Tensor:
-        def neighbour(offset: tuple[int, ...]) -> Tensor:
-            every_second = (slice(o, None, s) for o, s in zip(offset, self.scale, strict=True))
-            index = (slice(None), slice(None), *every_second)
-            return x[index]
-
-        merged = torch.cat([neighbour(offset) for offset in self.offsets], dim=1)
-        return _reduced(self.norm, self.reduce, merged, self.impl)
+        slowest_first = (1, 0) if len(self.scale) == 2 else (0, 1, 2)
+        return _reduced(self.norm, self.reduce, merge_patches(x, self.scale, slowest_first), self.impl)
 
 
 class ConvDownStage(nn.Sequential):
@@ -169,7 +161,7 @@ class SkipConnection(nn.Module):
         self.out_channels = channels if reduce else concatenated
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return _reduced(self.norm, self.reduce, torch.cat([resize_like(x, skip), skip], dim=1), self.impl)
+        return _reduced(self.norm, self.reduce, concatenate(resize_like(x, skip), skip), self.impl)
 
 
 class AttentionUpStage(nn.Module):
