@@ -2,9 +2,9 @@
 
 For modules that compute convolutions inside autograd functions of their own. torch's choice of an algorithm has three
 holes that these close: small maps in 3D come back channels-first from channels-last; a kernel of one tap, which is a
-product of matrices, then takes twice as long as that product; and on processors with AMX the weight gradient of a kernel
-flat in D, in bfloat16 of 96 channels of 16 x 192 x 192, ends the process or never ends (torch 2.13), which that of the
-planes does not.
+product of matrices, then takes twice as long as that product; and on processors with AMX the weight gradient of a
+kernel flat in D, in bfloat16 of 96 channels of 16 x 192 x 192, ends the process or never ends (torch 2.13), which that
+of the planes does not.
 """
 
 from __future__ import annotations
