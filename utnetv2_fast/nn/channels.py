@@ -31,12 +31,15 @@ def merge_patches(x: Tensor, scale: Sequence[int], slowest_first: Sequence[int])
     axes by how fast a neighbour's place along them changes from channel to channel.
     """
     axes, channels_last = len(scale), x.stride(1) == 1
-    for axis, size in enumerate(scale):
-        x = x.unflatten(2 + 2 * axis, (-1, size))  # (B, C, D', s_D, H', s_H, W', s_W)
-    positions = [2 + 2 * axis for axis in range(axes)]
-    offsets = [3 + 2 * axis for axis in slowest_first]
+    first = 1 if channels_last else 2  # spatial axis
     if channels_last:
-        return x.permute(0, *positions, *offsets, 1).flatten(1 + axes).movedim(-1, 1)
+        x = x.movedim(1, -1)
+    for axis, size in enumerate(scale):
+        x = x.unflatten(first + 2 * axis, (-1, size))  # (B, [C,] D', s_D, H', s_H, W', s_W[, C])
+    positions = [first + 2 * axis for axis in range(axes)]
+    offsets = [first + 2 * axis + 1 for axis in slowest_first]
+    if channels_last:
+        return x.permute(0, *positions, *offsets, -1).flatten(1 + axes).movedim(-1, 1)
     return x.permute(0, *offsets, 1, *positions).flatten(1, 1 + axes)
 
 
