@@ -345,7 +345,7 @@ class Training:
         self.label = torch.randint(classes, (BATCHES[preset], *size), device=GPU)
         self.class_weights = torch.ones(classes, device=GPU)
         self.auxiliary_weight, self.clip_norm = settings.auxiliary_weight, settings.clip_norm
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def loss(self, *, autocast: bool = True) -> Tensor:
         with torch.autocast(GPU.type, torch.bfloat16, enabled=autocast):
