@@ -154,3 +154,18 @@ def test_explain_agrees_with_what_runs(operator: Operator, shapes: Shapes, devic
 def test_explain_refuses_what_is_no_operator() -> None:
     with pytest.raises(ValueError, match=r"operator must be one of bidirectional_attention, .* not 'softmax'"):
         explain("softmax", torch.ones(1))
+
+
+@pytest.mark.skipif(load_extension() is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+def test_dense_weight_gradients_are_onednns_where_the_processor_has_instructions_for_them(
+    wide: bool, dtype: torch.dtype, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_processor_multiplies_wide", lambda dtype: wide)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.ones(2, 4, 6, 6, dtype=dtype).to(memory_format=memory_format)
+    weight = torch.ones(4, 4, 3, 3, dtype=dtype)
+    ours = dtype == torch.float16 or (not wide and (channels_last or dtype == torch.bfloat16))
+    assert explain("conv_backward_weight", x, x, weight).backend == ("cpu" if ours else "reference")

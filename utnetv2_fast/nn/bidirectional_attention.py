@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from utnetv2_fast import ops
+from utnetv2_fast.nn.channels import halves
 from utnetv2_fast.nn.convolution import (
     DepthwiseSeparableConv,
     MBConv,
@@ -62,7 +63,7 @@ class BidirectionalAttention(nn.Module):
 
     def attend(self, qv: Tensor, semantic_map: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same from the projected token map (B, 2 C, *spatial)."""
-        q, v = (split_heads(t, self.heads) for t in qv.chunk(2, dim=1))
+        q, v = (split_heads(t, self.heads) for t in halves(qv))
         map_q, map_v = (split_heads(t, self.heads) for t in self.map_qv(semantic_map).chunk(2, dim=1))
         out, map_out = ops.bidirectional_attention(
             q, v, map_q, map_v, need_map=self.map_out is not None, impl=self.impl

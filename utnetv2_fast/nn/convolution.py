@@ -8,9 +8,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from utnetv2_fast import ops
 from utnetv2_fast.nn.normalised_conv import Moments, fuses, normalised_conv, scale_and_shift, through_moments
+from utnetv2_fast.ops.arguments import autocast_dtype
+from utnetv2_fast.ops.dense_conv import planes
 from utnetv2_fast.ops.dispatch import Impl
 
 Norm = Literal["batch", "instance"]
@@ -18,6 +21,16 @@ Norm = Literal["batch", "instance"]
 _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class _FlatConv3d(nn.Conv3d):
+    """A convolution in 3D with one tap in D; in bfloat16 that of the planes, see `ops.dense_conv`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (autocast_dtype(x) or x.dtype) != torch.bfloat16:
+            return super().forward(x)
+        out = F.conv2d(planes(x), self.weight.squeeze(2), self.bias, padding=self.padding[1:])
+        return out.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
 
 
 def make_norm(norm: Norm, channels: int, dimensions: int, *, instance_eps: float = 1e-5) -> nn.Module:
@@ -32,7 +45,8 @@ def make_norm(norm: Norm, channels: int, dimensions: int, *, instance_eps: float
 
 def make_conv(in_channels: int, out_channels: int, kernel_size: tuple[int, ...], *, bias: bool = False) -> nn.Module:
     """Dense convolution, stride 1, 'same' padding, of as many dimensions as the kernel has."""
-    conv: Callable[..., nn.Module] = _CONV[len(kernel_size)]
+    flat = len(kernel_size) == 3 and kernel_size[0] == 1
+    conv: Callable[..., nn.Module] = _FlatConv3d if flat else _CONV[len(kernel_size)]
     return conv(in_channels, out_channels, kernel_size, padding=tuple(k // 2 for k in kernel_size), bias=bias)
 
 

@@ -24,7 +24,8 @@ class SemanticMapGeneration(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight(x).flatten(2).softmax(dim=-1)  # (B, l, n)
-        return self.base(x).flatten(2) @ weight.transpose(1, 2)  # (B, C, n) @ (B, n, l)
+        base = self.base(x).flatten(2).transpose(1, 2)  # (B, n, C): so its gradient is channels-last
+        return (weight @ base).transpose(1, 2)
 
 
 class _FusionBlock(nn.Module):

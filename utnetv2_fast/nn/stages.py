@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utnetv2_fast.nn.bidirectional_attention import BidirectionalAttentionBlock
+from utnetv2_fast.nn.channels import concatenate, merge_patches
 from utnetv2_fast.nn.convolution import (
     DepthwiseSeparableConv,
     Norm,
@@ -19,6 +20,7 @@ from utnetv2_fast.nn.convolution import (
 )
 from utnetv2_fast.nn.normalised_conv import fuses, through_moments
 from utnetv2_fast.nn.semantic_map import SemanticMapGeneration
+from utnetv2_fast.ops.dense_conv import in_layout_of
 from utnetv2_fast.ops.dispatch import Impl
 
 
@@ -47,7 +49,8 @@ class Stem(nn.Module):
         self.block = ResidualBlock(channels, channels, kernel_size, norm, impl=impl)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(self.conv(x))
+        # torch takes a single sample of a single channel for channels-first, whatever its strides.
+        return self.block(in_layout_of(x, self.conv(x)))
 
 
 class PatchMerging(nn.Module):
@@ -70,22 +73,13 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.scale = scale
         self.impl: Impl = impl
-        if len(scale) == 2:
-            self.offsets = [offset[::-1] for offset in itertools.product(*map(range, scale[::-1]))]
-        else:
-            self.offsets = list(itertools.product(*map(range, scale)))
-        merged = in_channels * len(self.offsets)
+        merged = in_channels * math.prod(scale)
         self.norm = make_norm(norm, merged, len(scale))
         self.reduce = DepthwiseSeparableConv(merged, out_channels, kernel_size, impl=impl)
 
     def forward(self, x: Tensor) -> Tensor:
-        def neighbour(offset: tuple[int, ...]) -> Tensor:
-            every_second = (slice(o, None, s) for o, s in zip(offset, self.scale, strict=True))
-            index = (slice(None), slice(None), *every_second)
-            return x[index]
-
-        merged = torch.cat([neighbour(offset) for offset in self.offsets], dim=1)
-        return _reduced(self.norm, self.reduce, merged, self.impl)
+        slowest_first = (1, 0) if len(self.scale) == 2 else (0, 1, 2)
+        return _reduced(self.norm, self.reduce, merge_patches(x, self.scale, slowest_first), self.impl)
 
 
 class ConvDownStage(nn.Sequential):
@@ -167,7 +161,7 @@ class SkipConnection(nn.Module):
         self.out_channels = channels if reduce else concatenated
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return _reduced(self.norm, self.reduce, torch.cat([resize_like(x, skip), skip], dim=1), self.impl)
+        return _reduced(self.norm, self.reduce, concatenate(resize_like(x, skip), skip), self.impl)
 
 
 class AttentionUpStage(nn.Module):
