@@ -115,7 +115,8 @@ def choose_blocks(x: Tensor, kernel: tuple[int, ...], c_out: int, prologue: bool
     _, c, d, h, w = x.shape
     k_d, k_h, k_w = kernel
     channels_last = x.stride(1) == 1
-    key = f"{c}x{d}x{h}x{w} c_out={c_out} kernel={k_d}x{k_h}x{k_w} {channels_last=} {prologue=} bytes={x.element_size()}"
+    layout = f"{channels_last=} {prologue=} bytes={x.element_size()}"
+    key = f"{c}x{d}x{h}x{w} c_out={c_out} kernel={k_d}x{k_h}x{k_w} {layout}"
     by_rule = _blocks_by_rule((c, h, w), (k_h, k_w), c_out)
     return Blocks(**tuned("depthwise_separable_conv", x.device, key, by_rule._asdict()))
 

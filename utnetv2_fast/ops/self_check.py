@@ -1,4 +1,4 @@
-"""Each operator on a small example, and as a network will call it, against its reference in float64: whether this machine computes what it should."""
+"""Whether this machine computes what it should: operators, on examples and as a network will call them, in float64."""
 
 from __future__ import annotations
 
@@ -235,8 +235,8 @@ def distrust_wrong_kernels(
 ) -> tuple[tuple[str, str], ...]:
     """Check all that Triton can run on `device` in `dtype`, and refuse it the operators that are wrong from now on.
 
-    `layouts` are further ones to check, each with its operator's name. Returns the name and the problem of each operator
-    that is wrong.
+    `layouts` are further ones to check, each with its operator's name. Returns name and problem of each operator that
+    is wrong.
     """
     wrong = []
     for operator in EXAMPLES:
