@@ -3,7 +3,7 @@
 `python -m bench.ahead_of_time` compares registers, spills and shared memory with the committed ledger
 (bench/results/triton_resources.json) and fails where they differ, where a kernel spills or asks for more shared memory
 than the chip has, or where it computes in float64; `--update` writes the ledger. All calls of bench/calls.py are
-compiled for sm_90, the main ones for the other chips. Needs Triton and no GPU.
+compiled for sm_90, for the other chips the attention and the main ones of the rest. Needs Triton and no GPU.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def compile_for(chip_name: str, main_only: bool) -> dict[str, dict[str, dict[str
     chip = next(chip for chip in CHIPS if chip.name == chip_name)
     found: dict[str, dict[str, dict[str, int]]] = {}
     for call in calls(META):
-        if not call.main and (main_only or chip.name != "sm_90"):
+        everywhere = not main_only and (chip.name == "sm_90" or "attention" in call.name)
+        if not call.main and not everywhere:
             continue
         with recorded_for(chip) as compiled:
             call.prepare()()

@@ -25,7 +25,10 @@ class Call:
 
 
 def calls(device: torch.device) -> Iterator[Call]:
-    """All shapes in bfloat16 and channels-last, as networks run on a GPU; the largest of each in the other ways too."""
+    """All shapes in bfloat16 and channels-last, as networks run on a GPU; the largest of each in the other ways too.
+
+    And what compiles to other code than any of them.
+    """
     for dtype in (torch.bfloat16, torch.float32):
         for channels_last in (True, False):
             usual = dtype == torch.bfloat16 and channels_last
@@ -44,6 +47,23 @@ def calls(device: torch.device) -> Iterator[Call]:
                     yield Call(f"depthwise_conv {name}", main, _depthwise(*inputs))
                     yield Call(f"depthwise_separable_conv {name}", main, _separable(*inputs))
                     yield Call(f"normalisation {name}", main, _normalisation(*inputs))
+    yield from _special_calls(device)
+
+
+def _special_calls(device: torch.device) -> Iterator[Call]:
+    network = "acdc-3d"
+    level, case = ATTENTION[network][0], DEPTHWISE[network][0]
+    alone = Attention(H=1, n=1, l=1, d=level.d)
+    for dtype in (torch.bfloat16, torch.float32):
+        how = str(dtype).removeprefix("torch.")
+        yield Call(f"token_attention n{level.n} {how}", False, _token_attention(network, level, dtype, device))
+        yield Call(f"bidirectional_attention n1 l1 {how}", False, _attention(network, alone, dtype, True, device))
+        yield Call(f"depthwise_conv with a bias {how}", False, _depthwise_with_bias(case, dtype, device))
+        for axes in (2, 3):
+            yield Call(f"normalisation over {axes} axes {how}", False, _normalisation_of_a_part(axes, dtype, device))
+    inputs = (torch.float16, True, device)
+    yield Call(f"bidirectional_attention n{level.n} float16", False, _attention(network, level, *inputs))
+    yield Call("depthwise_conv float16", False, _depthwise(network, case, *inputs))
 
 
 def _attention(
@@ -66,6 +86,21 @@ def _attention(
             out, map_out, lse = kernels.bidirectional_attention(q, v, map_q, map_v, scale)
             gradients = kernels.bidirectional_attention_backward(out, map_out, q, v, map_q, map_v, map_out, lse, scale)
             return out, map_out, *gradients
+
+        return run
+
+    return prepare
+
+
+def _token_attention(network: str, level: Attention, dtype: torch.dtype, device: torch.device) -> Callable[[], Run]:
+    (h, n, l, d), b = level, BATCHES[network]
+
+    def prepare() -> Run:
+        q, map_q, map_v = (torch.randn(b, rows, h, d, dtype=dtype, device=device).transpose(1, 2) for rows in (n, l, l))
+
+        def run() -> tuple[Tensor, ...]:
+            out = kernels.token_attention(q, map_q, map_v, d**-0.5)
+            return out, *kernels.token_attention_backward(out, q, map_q, map_v, d**-0.5)
 
         return run
 
@@ -95,6 +130,16 @@ def _depthwise(
     return prepare
 
 
+def _depthwise_with_bias(case: Depthwise, dtype: torch.dtype, device: torch.device) -> Callable[[], Run]:
+    def prepare() -> Run:
+        x = torch.randn(1, case.C, *case.spatial, dtype=dtype, device=device)
+        weight, bias = torch.randn(case.C, 28, dtype=dtype, device=device).split((27, 1), 1)
+        weight = weight.reshape(case.C, 1, 3, 3, 3)
+        return lambda: (kernels.depthwise_conv(x, weight, bias.flatten()),)
+
+    return prepare
+
+
 def _separable(
     network: str, case: Depthwise, dtype: torch.dtype, channels_last: bool, device: torch.device
 ) -> Callable[[], Run]:
@@ -110,19 +155,28 @@ def _separable(
 def _normalisation(
     network: str, case: Depthwise, dtype: torch.dtype, channels_last: bool, device: torch.device
 ) -> Callable[[], Run]:
+    return lambda: _normalising(_map(network, case.C, case, dtype, channels_last, device))
+
+
+def _normalisation_of_a_part(axes: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Run]:
+    """Of a map whose spatial axes are not one stretch of memory, but as many as `axes`."""
+
     def prepare() -> Run:
-        x = _map(network, case.C, case, dtype, channels_last, device)
-
-        def run() -> tuple[Tensor, ...]:
-            mean, variance = kernels.channel_moments(x)
-            return (
-                mean,
-                variance,
-                kernels.channel_moments_backward(mean, variance, x, mean, x),
-                kernels.scale_shift(x, mean, variance, True),
-                *kernels.scale_shift_backward(x, x, mean, variance, True),
-            )
-
-        return run
+        x = torch.randn(1, 48, 16, 96, 96, dtype=dtype, device=device)
+        return _normalising(x[..., ::2] if axes == 2 else x[..., ::2, ::2])
 
     return prepare
+
+
+def _normalising(x: Tensor) -> Run:
+    def run() -> tuple[Tensor, ...]:
+        mean, variance = kernels.channel_moments(x)
+        return (
+            mean,
+            variance,
+            kernels.channel_moments_backward(mean, variance, x, mean, x),
+            kernels.scale_shift(x, mean, variance, True),
+            *kernels.scale_shift_backward(x, x, mean, variance, True),
+        )
+
+    return run

@@ -38,12 +38,12 @@ from torch import Tensor
 from utnetv2_fast.kernels.launch import (
     architecture,
     cdiv,
-    input_precision,
     multiprocessors,
     on_device_of_tensors,
     power_of_two,
     tuned,
 )
+from utnetv2_fast.ops.precision import products_in_tf32
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)  # a reference before there is any; not infinite, so that -inf - LOWEST is -inf
@@ -364,13 +364,15 @@ def _backward_kernel(
 
 @triton.jit
 def _sum_kernel(
-    p_parts,  # (B * H, splits, l, d)
-    p_total, s_total,  # (B, H, l, d)
-    l, heads, splits,
+    p_parts,  # (2, B * H, splits, l, d)
+    p_grad_map_q, s_grad_map_q, p_grad_map_v, s_grad_map_v,  # (B, H, l, d)
+    l, heads, splits, o_second_part,
     D: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the splits; BE elements of a head, BS splits at a time."""
+    """Sums over the splits; BE elements of one gradient of a head, BS splits at a time."""
     i_bh = tl.program_id(0).to(tl.int64)
+    of_map_v = tl.program_id(2) == 1
+    p_parts += of_map_v.to(tl.int64) * o_second_part
     o_e = tl.program_id(1) * BE + tl.arange(0, BE)
     m_e = o_e < l * D
     b_total = tl.zeros([BE], tl.float32)
@@ -380,15 +382,22 @@ def _sum_kernel(
         o_parts = (i_bh * splits + o_split)[:, None] * (l * D) + o_e[None, :]
         b_total += tl.sum(tl.load(p_parts + o_parts, mask=m, other=0.0), 0)
     o_l, o_d = (o_e // D).to(tl.int64), (o_e % D).to(tl.int64)
-    p_total += (i_bh // heads) * s_total[0] + (i_bh % heads) * s_total[1]
-    tl.store(p_total + o_l * s_total[2] + o_d * s_total[3], b_total.to(p_total.dtype.element_ty), mask=m_e)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    b_total = b_total.to(p_grad_map_q.dtype.element_ty)
+    if of_map_v:
+        o_grad = i_b * s_grad_map_v[0] + i_h * s_grad_map_v[1] + o_l * s_grad_map_v[2] + o_d * s_grad_map_v[3]
+        tl.store(p_grad_map_v + o_grad, b_total, mask=m_e)
+    else:
+        o_grad = i_b * s_grad_map_q[0] + i_h * s_grad_map_q[1] + o_l * s_grad_map_q[2] + o_d * s_grad_map_q[3]
+        tl.store(p_grad_map_q + o_grad, b_total, mask=m_e)
 
 
-def choose_blocks(q: Tensor, l: int, *, backward: bool) -> Blocks:
+def choose_blocks(q: Tensor, l: int, *, updates_map: bool, backward: bool) -> Blocks:
     """Blocks for `q` (B, H, n, d) beside `l` semantic tokens: those tuned for this GPU, else ones that do not spill."""
     d, name = q.shape[3], "bidirectional_attention_backward" if backward else "bidirectional_attention"
     BL = power_of_two(max(l, 16))
-    key = f"l={BL} d={d} bytes={q.element_size()}"
+    innermost = "d" if q.stride(3) <= q.stride(2) else "n"
+    key = f"l={BL} d={d} {updates_map=} {innermost=!s} bytes={q.element_size()}"
     by_rule = _blocks_by_rule(BL, power_of_two(max(d, 16)), q.element_size(), architecture(q.device), backward)
     return Blocks(**tuned(name, q.device, key, by_rule._asdict()))
 
@@ -429,6 +438,11 @@ def _counts_bits(dtype: torch.dtype) -> bool:
     return dtype != torch.float32
 
 
+def _precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies float32: as torch's products of matrices do."""
+    return "tf32" if dtype == torch.float32 and products_in_tf32() else "ieee"
+
+
 BE = 128  # elements that a program of the combining kernels owns
 
 
@@ -446,7 +460,7 @@ def bidirectional_attention(
     column_lse = map_q.new_empty((b, h, l), dtype=torch.float32)
     if q.numel() == 0:
         return out, map_out, column_lse
-    blocks = choose_blocks(q, l, backward=False)
+    blocks = choose_blocks(q, l, updates_map=True, backward=False)
     programs, splits = grid(q, l, blocks)
     references, sums = (map_q.new_empty((b * h, splits, l), dtype=torch.float32) for _ in range(2))
     parts = map_q.new_empty((b * h, splits, l, d), dtype=torch.float32)
@@ -464,7 +478,7 @@ def token_attention(q: Tensor, map_q: Tensor, map_v: Tensor, scale: float) -> Te
     if q.numel() == 0:
         return out
     l = map_q.shape[2]
-    blocks = choose_blocks(q, l, backward=False)
+    blocks = choose_blocks(q, l, updates_map=False, backward=False)
     programs, splits = grid(q, l, blocks)
     _launch_forward(programs, q, q, map_q, map_v, out, q, q, q, splits, scale, blocks, False)
     return out
@@ -493,7 +507,7 @@ def _launch_forward(
         q, q.stride(), v, v.stride(), map_q, map_q.stride(), map_v, map_v.stride(), out, out.stride(),
         references, sums, parts, n, l, h, splits, scale,
         D=d, BL=power_of_two(max(l, 16)), UPDATES_MAP=updates_map, LEAST=least, GREATEST=greatest,
-        BITS=_counts_bits(q.dtype), PRECISION=input_precision(q.dtype), **blocks._asdict(),
+        BITS=_counts_bits(q.dtype), PRECISION=_precision(q.dtype), **blocks._asdict(),
     )  # fmt: skip
 
 
@@ -549,7 +563,7 @@ def _launch_backward(
     grad_map_q, grad_map_v = torch.empty_like(map_q), torch.empty_like(map_v)
     if q.numel() == 0:
         return grad_map_q, grad_map_v
-    blocks = choose_blocks(q, l, backward=True)
+    blocks = choose_blocks(q, l, updates_map=updates_map, backward=True)
     programs, splits = grid(q, l, blocks)
     parts = map_q.new_empty((2, b * h, splits, l, d), dtype=torch.float32)
     _backward_kernel[programs](
@@ -558,10 +572,10 @@ def _launch_backward(
         column_lse, grad_q, grad_q.stride(), grad_v, grad_v.stride(), parts,
         q.shape[2], l, h, splits, scale, parts.stride(0),
         D=d, BL=power_of_two(max(l, 16)), UPDATES_MAP=updates_map, LEAST=2.0**-60, BITS=_counts_bits(q.dtype),
-        PRECISION=input_precision(q.dtype), **blocks._asdict(),
+        PRECISION=_precision(q.dtype), **blocks._asdict(),
     )  # fmt: skip
-    for part, gradient in zip(parts, (grad_map_q, grad_map_v), strict=True):
-        _sum_kernel[(b * h, cdiv(l * d, BE))](
-            part, gradient, gradient.stride(), l, h, splits, D=d, BS=_splits_at_a_time(splits), BE=BE
-        )
+    _sum_kernel[(b * h, cdiv(l * d, BE), 2)](
+        parts, grad_map_q, grad_map_q.stride(), grad_map_v, grad_map_v.stride(), l, h, splits, parts.stride(0),
+        D=d, BS=_splits_at_a_time(splits), BE=BE,
+    )  # fmt: skip
     return grad_map_q, grad_map_v

@@ -1,6 +1,6 @@
 """How the kernels of the normalisation walk over maps (B, C, *spatial) in any layout.
 
-A tile is BLOCK_C channels of BLOCK_P positions of one sample, long in whichever of the two is contiguous: whole rows of
+A tile is BC channels of BP positions of one sample, long in whichever of the two is contiguous: whole rows of
 channels of a channels-last map, a stretch of the positions of a channels-first one. Positions count through the spatial
 axes in their order; axes that every map has in one stretch are one axis, so that both of these layouts have just one.
 """
@@ -52,64 +52,70 @@ class Maps:
             strides=tuple((*m.stride()[:2], *(strides[i] for _, strides in padded)) for i, m in enumerate(maps)),
         )
 
-    def arguments(self) -> tuple[int, ...]:
-        """What a kernel takes as channels, positions, height and width and then, map by map, strides."""
-        return (self.channels, self.positions, *self.sizes, *(s for strides in self.strides for s in strides))
+    def extent(self) -> tuple[int, int, int, int]:
+        """What a kernel takes as C, P, H and W."""
+        return (self.channels, self.positions, *self.sizes)
 
     def blocks(self, kernel: str, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-        """AXES, BLOCK_C, BLOCK_P and the warps of a program of `kernel`."""
+        """AXES, BC, BP and the warps of a program of `kernel`."""
         _, s_c, _, _, s_w = self.strides[0]
         channels_last = self.channels > 1 and (self.positions == 1 or 0 < s_c < s_w)
         channels, positions = power_of_two(self.channels), power_of_two(self.positions)
         elements = BYTES // dtype.itemsize
         if channels_last:
-            block_c = min(channels, CHANNELS_OF_A_ROW)
-            block_p = min(positions, elements // block_c)
+            BC = min(channels, CHANNELS_OF_A_ROW)
+            BP = min(positions, elements // BC)
         else:
-            block_p = min(positions, elements)
-            block_c = min(channels, elements // block_p)
+            BP = min(positions, elements)
+            BC = min(channels, elements // BP)
         layout = "channels-last" if channels_last else "channels-first"
-        key = f"{str(dtype).removeprefix('torch.')} {layout} {block_c}x{block_p}"
-        by_rule = {"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": 8}
+        key = f"{str(dtype).removeprefix('torch.')} {layout} axes={self.axes} {BC}x{BP}"
+        by_rule = {"BC": BC, "BP": BP, "num_warps": 8}
         return {"AXES": self.axes, **tuned(kernel, device, key, by_rule)}
 
     def tiles(self, blocks: dict[str, int]) -> int:
         """How many tiles cover the maps."""
-        return self.groups(blocks) * cdiv(self.positions, blocks["BLOCK_P"])
+        return self.groups(blocks) * cdiv(self.positions, blocks["BP"])
 
     def groups(self, blocks: dict[str, int]) -> int:
         """How many blocks of channels all samples have together."""
-        return self.batch * cdiv(self.channels, blocks["BLOCK_C"])
+        return self.batch * cdiv(self.channels, blocks["BC"])
 
     def split(self, blocks: dict[str, int], device: torch.device) -> tuple[int, int]:
         """(splits, steps): parts of the positions whose sums are taken apart, and the tiles of each.
 
         All parts of all groups are at most two programs per multiprocessor, unless the groups alone are more.
         """
-        tiles = cdiv(self.positions, blocks["BLOCK_P"])
+        tiles = cdiv(self.positions, blocks["BP"])
         splits = max(1, min(tiles, 2 * multiprocessors(device) // self.groups(blocks)))
         steps = cdiv(tiles, splits)
         return cdiv(tiles, steps), steps
 
 
 @triton.jit
-def place(channels, parts, BLOCK_C: tl.constexpr):
-    """Sample, channels (BLOCK_C) and part of the positions of this program; neighbours differ in their channels."""
+def place(C, parts, BC: tl.constexpr):
+    """Sample, channels (BC) and part of the positions of this program; neighbours differ in their channels."""
     i = tl.program_id(0).to(tl.int64)
-    blocks_c = tl.cdiv(channels, BLOCK_C)
-    o_c = (i % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks_c = tl.cdiv(C, BC)
+    o_c = (i % blocks_c) * BC + tl.arange(0, BC)
     i = i // blocks_c
     return i // parts, o_c, i % parts
 
 
 @triton.jit
-def offsets(i_b, o_c, o_p, height, width, s_b, s_c, s_d, s_h, s_w, AXES: tl.constexpr):
-    """(BLOCK_C, BLOCK_P), where a map has the channels `o_c` at the positions `o_p`."""
+def offsets(i_b, o_c, o_p, H, W, s_x, AXES: tl.constexpr):
+    """(BC, BP), where a map of strides s_x has the channels `o_c` at the positions `o_p`."""
     if AXES == 1:
-        o_spatial = o_p * s_w
+        o_spatial = o_p * s_x[4]
     elif AXES == 2:
-        o_spatial = (o_p // width) * s_h + (o_p % width) * s_w
+        o_spatial = (o_p // W) * s_x[3] + (o_p % W) * s_x[4]
     else:
-        o_row = o_p // width
-        o_spatial = (o_row // height) * s_d + (o_row % height) * s_h + (o_p % width) * s_w
-    return (i_b * s_b + o_c * s_c)[:, None] + o_spatial[None, :]
+        o_row = o_p // W
+        o_spatial = (o_row // H) * s_x[2] + (o_row % H) * s_x[3] + (o_p % W) * s_x[4]
+    return (i_b * s_x[0] + o_c * s_x[1])[:, None] + o_spatial[None, :]
+
+
+@triton.jit
+def load_of_channels(p_x, s_x, i_b, o_c, m_c):
+    """What x (B, C) has for the channels `o_c` of a sample."""
+    return tl.load(p_x + i_b * s_x[0] + o_c * s_x[1], mask=m_c, other=0)

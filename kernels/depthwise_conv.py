@@ -336,6 +336,7 @@ class _Map(NamedTuple):
     kernel: tuple[int, ...]  # (K_D, K_H, K_W)
     channels_last: bool
     itemsize: int
+    prologue: bool
 
 
 # Registers of a thread for its channels' weights, or the sums that become their gradients, by bytes of an element.
@@ -371,8 +372,8 @@ def view(x: Tensor, axes: tuple[int, int, int]) -> Tensor:
     return (x if x.ndim == 5 else x.unsqueeze(2)).permute(0, 1, *(2 + axis for axis in axes))
 
 
-def _described(view: Tensor, kernel: tuple[int, ...]) -> _Map:
-    return _Map(tuple(view.shape), kernel, view.stride(1) == 1, view.element_size())
+def _described(view: Tensor, kernel: tuple[int, ...], scale: Tensor | None) -> _Map:
+    return _Map(tuple(view.shape), kernel, view.stride(1) == 1, view.element_size(), scale is not None)
 
 
 def strides_of(x: Tensor | None) -> tuple[object, ...]:
@@ -387,7 +388,8 @@ def choose_blocks(name: str, device: torch.device, x: _Map, held: int) -> Blocks
     """Blocks for kernel `name`, whose threads hold `held` values a channel: tuned for this GPU, else by rule."""
     _, c, d, h, w = x.shape
     k_d, k_h, k_w = x.kernel
-    key = f"{c}x{d}x{h}x{w} kernel={k_d}x{k_h}x{k_w} channels_last={x.channels_last} bytes={x.itemsize}"
+    layout = f"channels_last={x.channels_last} prologue={x.prologue} bytes={x.itemsize}"
+    key = f"{c}x{d}x{h}x{w} kernel={k_d}x{k_h}x{k_w} {layout}"
     return Blocks(**tuned(name, device, key, _blocks_by_rule(x, held)._asdict()))
 
 
@@ -456,7 +458,7 @@ def _launch_forward(
     x_, weight_, out_ = (view(t, axes) for t in (x, weight, out))
     _, c, d, h, w = x_.shape
     k_d, k_h, k_w = kernel = tuple(weight_.shape[2:])
-    described = _described(x_, kernel)
+    described = _described(x_, kernel, scale)
     taps = math.prod(kernel)
     held = taps if taps <= MOST_HELD else 0
     blocks = choose_blocks("depthwise_conv", x.device, described, held + _held_by_prologue(scale))
@@ -493,7 +495,7 @@ def _launch_backward_weight(
     x_, grad_, grad_weight_ = (view(t, axes) for t in (x, grad_out, grad_weight))
     _, c, d, h, w = x_.shape
     k_d, k_h, k_w = kernel = tuple(grad_weight_.shape[2:])
-    described = _described(x_, kernel)
+    described = _described(x_, kernel, scale)
     TAPS_H = max(1, min(k_h, HELD[x.element_size()] // (k_d * k_w)))
     held = k_d * TAPS_H * k_w + _held_by_prologue(scale)
     blocks = choose_blocks("depthwise_conv_backward_weight", x.device, described, held)

@@ -36,6 +36,7 @@ from utnetv2_fast.kernels.depthwise_conv import (
     view,
 )
 from utnetv2_fast.kernels.launch import cdiv, on_device_of_tensors, power_of_two, tuned
+from utnetv2_fast.ops.precision import convolutions_in_tf32
 
 
 @triton.jit
@@ -109,17 +110,13 @@ class Blocks(NamedTuple):
     num_warps: int
 
 
-def _precision() -> str:
-    """How float32 is multiplied: as torch's convolutions do."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-
-
-def choose_blocks(x: Tensor, kernel: tuple[int, ...], c_out: int) -> Blocks:
+def choose_blocks(x: Tensor, kernel: tuple[int, ...], c_out: int, prologue: bool) -> Blocks:
     """Blocks for `x` as the kernel sees it: those tuned for this GPU, else ones that do not spill."""
     _, c, d, h, w = x.shape
     k_d, k_h, k_w = kernel
     channels_last = x.stride(1) == 1
-    key = f"{c}x{d}x{h}x{w} c_out={c_out} kernel={k_d}x{k_h}x{k_w} {channels_last=} bytes={x.element_size()}"
+    layout = f"{channels_last=} {prologue=} bytes={x.element_size()}"
+    key = f"{c}x{d}x{h}x{w} c_out={c_out} kernel={k_d}x{k_h}x{k_w} {layout}"
     by_rule = _blocks_by_rule((c, h, w), (k_h, k_w), c_out)
     return Blocks(**tuned("depthwise_separable_conv", x.device, key, by_rule._asdict()))
 
@@ -156,14 +153,14 @@ def _launch(
     pointwise_ = pointwise_weight.flatten(1)
     _, _, d, h, w = x_.shape
     k_d, k_h, k_w, _ = taps.shape
-    blocks = choose_blocks(x_, (k_d, k_h, k_w), c_out)
+    blocks = choose_blocks(x_, (k_d, k_h, k_w), c_out, scale is not None)
     programs = b * d * cdiv(h, blocks.BH * blocks.ROWS) * cdiv(w, blocks.BW) * cdiv(c_out, blocks.BO)
     _kernel[(programs,)](
         x_, strides_of(x_), scale, strides_of(scale), shift, strides_of(shift),
         taps, pointwise_, pointwise_.stride(), out_, strides_of(out_),
         d, h, w,
         C=c, C_OUT=c_out, K_D=k_d, K_H=k_h, K_W=k_w,
-        RELU=relu, PRECISION=_precision(), num_stages=1, **blocks._asdict(),
+        RELU=relu, PRECISION="tf32" if convolutions_in_tf32() else "ieee", num_stages=1, **blocks._asdict(),
     )  # fmt: skip
     return out
 

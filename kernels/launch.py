@@ -36,11 +36,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32: as torch's matrix products do, in TF32 where the user has allowed it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -129,7 +129,7 @@ def test_info_names_versions_and_presets(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_doctor_checks_the_operators(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "doctor", "--json") == 0
+    assert call(monkeypatch, "doctor", "--quick", "--json") == 0
     content = json.loads(capsys.readouterr().out)
     assert content["machine"]["threads"] >= 1
     assert {row["operator"] for row in content["operators"]} == {operator.__name__ for operator in EXAMPLES}
@@ -139,7 +139,7 @@ def test_doctor_checks_the_operators(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert content["machine"]["cpp_extension"].startswith(f"{used} instructions, the widest here;")
         assert used == widest
     assert all(row["right"] and row["backend"] not in row["refusals"] for row in content["operators"])
-    assert call(monkeypatch, "doctor") == 0
+    assert call(monkeypatch, "doctor", "--quick") == 0
 
 
 def test_doctor_fails_when_an_operator_is_wrong(
@@ -151,7 +151,7 @@ def test_doctor_fails_when_an_operator_is_wrong(
         monkeypatch.setattr(
             backend, "depthwise_conv", lambda x, *rest: correct(x, *rest) * (1.01 if x.dtype != torch.float64 else 1)
         )
-    assert call(monkeypatch, "doctor") == 1
+    assert call(monkeypatch, "doctor", "--quick") == 1
     assert "WRONG" in capsys.readouterr().out
 
 
@@ -167,10 +167,10 @@ def test_doctor_reports_an_operator_that_fails(
 
     for backend in (reference, cpu):
         monkeypatch.setattr(backend, "scale_shift", fail_in_low_precision)
-    assert call(monkeypatch, "doctor", "--json") == 1
+    assert call(monkeypatch, "doctor", "--quick", "--json") == 1
     wrong = [row for row in json.loads(capsys.readouterr().out)["operators"] if not row["right"]]
     assert {row["operator"] for row in wrong} == {"scale_shift"}
     assert all(row["relative_error"] is None for row in wrong)
     assert {row["problem"] for row in wrong} == {"RuntimeError: no kernel image [sm_75]"}
-    assert call(monkeypatch, "doctor") == 1
+    assert call(monkeypatch, "doctor", "--quick") == 1
     assert "[sm_75]" in capsys.readouterr().out

@@ -336,7 +336,7 @@ def test_runs_that_cannot_be_used_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_kernels_are_checked_in_the_dtype_of_the_prediction(
+def test_kernels_are_checked_in_the_dtype_and_shapes_of_the_prediction(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked = []
@@ -346,5 +346,6 @@ def test_kernels_are_checked_in_the_dtype_of_the_prediction(
     config = RunFolder(run).config
     training = config.training.model_copy(update={"precision": precision})
     RunFolder(run).write_config(config.model_copy(update={"training": training}))
-    Predictor.load([run], device="cpu")
-    assert checked == [(CPU, torch.bfloat16 if precision == "bfloat16" else None)]
+    predictor = Predictor.load([run], device="cpu", batch_size=3)
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
+    assert checked == [(predictor.models[0], (3, 1, *config.patch_size), CPU, dtype)]

@@ -274,6 +274,8 @@ def test_narrow_dtypes_are_read_and_rounded_like_torch(
     dtype: torch.dtype, layout: Layout, build: str, device: torch.device
 ) -> None:
     """Every number of 16 bits, times weights that reach ties, subnormals and infinity: the products are exact."""
+    if build == "reference":
+        pytest.skip("torch's own convolution, which takes subnormals for zero where a processor multiplies bfloat16")
     numbers = torch.arange(2**16, device=device).to(torch.uint16).view(dtype)
     eps = torch.finfo(dtype).eps
     for factor in (1.0, 1 + eps, 1.5, 3 * eps, eps / 2, 2.0**-14 + 2.0**-16, 2.0**4, torch.inf):

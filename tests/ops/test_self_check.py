@@ -112,22 +112,81 @@ def test_every_kernel_is_checked(triton: ModuleType, device: torch.device, monke
         assert finding.problem is not None, name
 
 
+class Attending(torch.nn.Module):
+    """Runs every operator, on layouts of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = x.new_ones(x.shape[0], 5, 2, 2, 4).permute(2, 0, 3, 1, 4)  # halves of one tensor
+        tokens, _ = bidirectional_attention(q, v, q[:, :, :3], v[:, :, :3], need_map=False)
+        bidirectional_attention(q, v, q[:, :, :3], v[:, :, :3])
+        mean, variance = channel_moments(x)
+        x = scale_shift(x, mean, variance, relu=True)
+        x = depthwise_conv(x, x.new_ones(4, 1, 1, 3, 3))
+        return depthwise_separable_conv(x, x.new_ones(4, 1, 1, 3, 3), x.new_ones(6, 4, 1, 1, 1)) + tokens.sum()
+
+
+def test_layouts_of_a_network_are_those_it_calls_operators_with(triton: ModuleType, device: torch.device) -> None:
+    q = ((2, 2, 5, 4), (80, 4, 16, 1))
+    found = self_check.layouts_in(Attending(), (2, 4, 2, 3, 4), device, None)
+    assert found["bidirectional_attention"] == {(q, q, ((2, 2, 3, 4), q[1]), ((2, 2, 3, 4), q[1]))}
+    assert found["channel_moments"] == {(((2, 4, 2, 3, 4), (96, 24, 12, 4, 1)),)}
+    assert ((4, 1, 1, 3, 3), (9, 9, 9, 3, 1)) in next(iter(found["depthwise_conv"]))
+
+
+def test_kernels_that_are_wrong_for_the_shapes_of_a_run_alone_are_found(
+    triton: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = triton.scale_shift
+
+    def wrong(x: Tensor, *arguments: Any) -> Tensor:
+        return right(x, *arguments) * (1.1 if x.shape[1:] == (4, 2, 3, 4) else 1.0)
+
+    monkeypatch.setattr(triton, "scale_shift", wrong)
+    layouts = self_check.layouts_in(Attending(), (2, 4, 2, 3, 4), device, None)["scale_shift"]
+    called = frozenset(("scale_shift", of_use) for of_use in layouts)
+    assert distrust_wrong_kernels(device, torch.float32) == ()
+    [(operator, problem)] = distrust_wrong_kernels(device, torch.float32, called)
+    assert operator == "scale_shift"
+    assert "for (2, 4, 2, 3, 4), (2, 4), (2, 4)" in problem
+
+
+def test_a_check_without_memory_condemns_nothing(
+    triton: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_memory(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(triton, "scale_shift", without_memory)
+    with pytest.warns(RuntimeWarning, match="scale_shift could not be checked in full"):
+        assert distrust_wrong_kernels(device, torch.float32) == ()
+    assert "triton" not in explain(scale_shift, *example(scale_shift, device)).refusals
+
+
 def test_a_run_on_a_gpu_warns_of_wrong_kernels(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     asked = []
 
-    def found(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
-        asked.append((device, dtype))
+    def found(device: torch.device, dtype: torch.dtype, layouts: object) -> tuple[tuple[str, str], ...]:
+        asked.append((device, dtype, layouts))
         return (("scale_shift", "off by 1"),) if dtype == torch.bfloat16 else ()
 
+    shapes = []
+
+    def layouts_in(network: torch.nn.Module, shape: tuple[int, ...], *_: object) -> dict[str, set[object]]:
+        shapes.append(shape)
+        return {"scale_shift": {"some"}, "channel_moments": set()}
+
     monkeypatch.setattr(self_check, "distrust_wrong_kernels", found)
-    gpu = torch.device("cuda", 0)
-    check_kernels(torch.device("cpu"), torch.bfloat16)
-    check_kernels(gpu, None)
-    assert asked == [(gpu, torch.float32)]
+    monkeypatch.setattr(self_check, "layouts_in", layouts_in)
+    gpu, network = torch.device("cuda", 0), torch.nn.Identity()
+    check_kernels(network, (32, 1, 8, 8), torch.device("cpu"), torch.bfloat16)
+    assert not asked
+    check_kernels(network, (32, 1, 8, 8), gpu, None)
+    assert asked == [(gpu, torch.float32, frozenset({("scale_shift", "some")}))]
+    assert shapes == [(2, 1, 8, 8)]
     assert not recwarn
     with pytest.warns(
         RuntimeWarning, match=r"^scale_shift runs without its Triton kernels.* cuda:0 .*bfloat16: off by 1"
     ):
-        check_kernels(gpu, torch.bfloat16)
+        check_kernels(network, (32, 1, 8, 8), gpu, torch.bfloat16)

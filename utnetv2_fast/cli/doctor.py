@@ -1,105 +1,110 @@
-"""`utnetv2-fast doctor`: what this machine offers, which backend each operator takes here, and whether it is right."""
+"""`utnetv2-fast doctor`: what this machine offers, and whether the operators are right and fast on it."""
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from utnetv2_fast.cli.console import Json, console, print_json
+from utnetv2_fast.cli.console import Json, console, print_json, track
 
 if TYPE_CHECKING:
     import torch
 
-GIB = 2**30
 
+def doctor(
+    json: Json = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the times, which take some ten seconds.")] = False,
+) -> None:
+    """Describe the machine, name what is known to go wrong on it, check the operators and time them.
 
-def doctor(json: Json = False) -> None:
-    """Describe the machine, say which backend runs each operator and why not the others, and check their results.
-
-    Exits with 1 when an operator fails or computes something else than its formula in float64.
+    Says which backend runs each operator and why not the others. Exits with 1 when an operator fails or computes
+    something else than its formula in float64.
 
     Examples:
 
     utnetv2-fast doctor
 
-    utnetv2-fast doctor --json
+    utnetv2-fast doctor --quick --json
     """
-    machine = _machine()
-    operators = [row for device in _devices() for row in _check_operators(device)]
+    from utnetv2_fast import health
+
+    machine = health.machine()
+    triton = None if machine["triton"] == "not installed" else str(machine["triton"])
+    built = not str(machine["cpp_extension"]).startswith("not built")
+    problems = health.known_problems(str(machine["torch"]), triton, cuda="gpu_0" in machine, extension=built)
+    devices = _devices()
+    operators = [row for device in devices for row in _check_operators(device)]
+    cases = [] if quick else [(device, dtype) for device in devices for dtype in _dtypes(device)]
+    speeds, dense = [], []
+    for device, dtype in track(cases, "Timing operators"):
+        speeds += list(health.speeds(device, dtype))
+        where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        dense.append(where | {"gflops": round(health.dense_conv_speed(device, dtype) / 1e9)})
     if json:
-        print_json({"machine": machine, "operators": operators})
+        print_json(
+            {
+                "machine": machine,
+                "known_problems": problems,
+                "operators": operators,
+                "speeds": [asdict(speed) for speed in speeds],
+                "dense_convolution": dense,
+            }
+        )
     else:
         for key, value in machine.items():
             console.print(f"{key.replace('_', ' ')}: {value}", highlight=False, soft_wrap=True)
-        table = Table("operator", "device", "dtype", "backend", "error", "result")
-        for row in operators:
-            error = "" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
-            verdict = "right" if row["right"] else f"WRONG: {row['problem']}"
-            table.add_row(row["operator"], row["device"], row["dtype"], row["backend"], error, escape(verdict))
-        console.print(table)
-        # Operators that are refused for the same reason share a line.
-        refused: dict[str, list[str]] = {}
-        for row in operators:
-            for backend, reason in row["refusals"].items():
-                names = refused.setdefault(f"not {backend} on {row['device']}: {reason}", [])
-                names += [row["operator"]] * (row["operator"] not in names)
-        for reason, names in refused.items():
-            console.print(f"{reason} ({', '.join(names)})", highlight=False, soft_wrap=True)
+        for problem in problems:
+            console.print(f"[yellow]known problem:[/yellow] {escape(problem)}", highlight=False, soft_wrap=True)
+        _print_operators(operators)
+        if speeds:
+            table = Table("operator", "shape", "device", "dtype", "backend", "ms", "plain PyTorch, ms", "times as fast")
+            for s in speeds:
+                ratio = f"{s.reference_milliseconds / s.milliseconds:.1f}"
+                times = (f"{s.milliseconds:.2f}", f"{s.reference_milliseconds:.2f}", ratio)
+                table.add_row(s.operator, "x".join(map(str, s.shape)), s.device, s.dtype, s.backend, *times)
+            console.print(table)
+        for row in dense:
+            said = f"dense 3D convolution on {row['device']} in {row['dtype']}: {row['gflops']} GFLOP/s"
+            console.print(said, highlight=False, soft_wrap=True)
     if not all(row["right"] for row in operators):
         raise typer.Exit(1)
 
 
-def _machine() -> dict[str, Any]:
-    import torch
-
-    from utnetv2_fast.ops.extension import load_extension
-
-    extension = load_extension()
-    machine: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    if extension is None:
-        machine["cpp_extension"] = "not built: install a C++17 compiler, then install utnetv2-fast again"
-    else:
-        used, widest = extension.instruction_set(), extension.widest_instruction_set()
-        note = "the widest here" if used == widest else f"although {widest} is here"
-        machine["cpp_extension"] = f"{used} instructions, {note}; {extension.thread_count()} threads"
-    machine |= {f"gpu_{i}": _describe_gpu(i) for i in range(torch.cuda.device_count())} or {"gpu": "none"}
-    if (memory := _memory_gib()) is not None:
-        machine["memory_gib"] = memory
-    machine["free_disk_here_gib"] = round(shutil.disk_usage(Path.cwd()).free / GIB, 1)
-    return machine
-
-
-def _describe_gpu(index: int) -> str:
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
-    return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / GIB:.0f} GiB"
-
-
-def _memory_gib() -> float | None:
-    """The machine's memory; None where the system does not tell."""
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
-    except (AttributeError, OSError, ValueError):  # Windows has no sysconf, others may lack these names
-        return None
+def _print_operators(operators: list[dict[str, Any]]) -> None:
+    table = Table("operator", "device", "dtype", "backend", "error", "result")
+    for row in operators:
+        error = "" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
+        verdict = "right" if row["right"] else f"WRONG: {row['problem']}"
+        table.add_row(row["operator"], row["device"], row["dtype"], row["backend"], error, escape(verdict))
+    console.print(table)
+    # Operators that are refused for the same reason share a line.
+    refused: dict[str, list[str]] = {}
+    for row in operators:
+        for backend, reason in row["refusals"].items():
+            names = refused.setdefault(f"not {backend} on {row['device']}: {reason}", [])
+            names += [row["operator"]] * (row["operator"] not in names)
+    for reason, names in refused.items():
+        console.print(f"{reason} ({', '.join(names)})", highlight=False, soft_wrap=True)
 
 
 def _devices() -> list[torch.device]:
     import torch
 
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def _dtypes(device: torch.device) -> list[torch.dtype]:
+    """float32, and the dtype that networks run in by default where that is another."""
+    import torch
+
+    from utnetv2_fast.devices import autocast_dtype
+
+    own = autocast_dtype(device)
+    return [torch.float32] if own is None else [torch.float32, own]
 
 
 def _check_operators(device: torch.device) -> list[dict[str, Any]]:

@@ -90,9 +90,11 @@ class Predictor:
         models = [folder.load_model(weights).to(target) for folder in folders]
         exact = any(config.training.precision == "float32" for config in configs)
         autocast = None if exact else autocast_dtype(target)
-        if any(config.model.impl != "reference" for config in configs):
-            check_kernels(target, autocast)
-        return cls(models, first.plan, first.patch_size, target, autocast, batch_size, weighting, mirror)
+        predictor = cls(models, first.plan, first.patch_size, target, autocast, batch_size, weighting, mirror)
+        for model in models:
+            if model.config.impl != "reference":
+                check_kernels(model, predictor.window_shape, target, autocast)
+        return predictor
 
     def __call__(self, scan: Scan) -> NDArray[np.uint8]:
         """The label map (Z, Y, X) of a scan, on its canonical grid."""
@@ -114,7 +116,7 @@ class Predictor:
                 images,
                 self.patch_size,
                 weighting=self.weighting,
-                batch_size=self.batch_size or self._fitting_batch_size(),
+                batch_size=self.window_shape[0],
                 mirror_axes=range(self.plan.dimensions) if self.mirror else (),
             )
             for model in self.models
@@ -124,6 +126,11 @@ class Predictor:
             average += other
         average /= len(self.models)
         return average.movedim(1, 0) if in_slices else average[0]
+
+    @property
+    def window_shape(self) -> tuple[int, ...]:
+        """Of a batch of windows, (N, C, *window)."""
+        return (self.batch_size or self._fitting_batch_size(), len(self.plan.channels), *self.patch_size)
 
     def _fitting_batch_size(self) -> int:
         voxels = _VOXELS_PER_BATCH_ON_CPU if self.device.type == "cpu" else _VOXELS_PER_BATCH_ON_GPU

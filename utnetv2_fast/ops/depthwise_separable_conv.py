@@ -14,6 +14,7 @@ from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, lowered
 from utnetv2_fast.ops.dense_conv import dense_conv, dense_conv_backward
 from utnetv2_fast.ops.depthwise_conv import check_depthwise, depthwise_conv
 from utnetv2_fast.ops.dispatch import Impl, choose, implementation
+from utnetv2_fast.ops.precision import convolutions_in_tf32
 
 
 def depthwise_separable_conv(
@@ -60,7 +61,7 @@ def fuses(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> bool
     the product, without tensor cores, outlasts everything else, and BLAS is faster at it.
     """
     taps = math.prod(depthwise_weight.shape[2:])
-    if x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+    if x.dtype == torch.float32 and not convolutions_in_tf32():
         return False
     return taps <= 9 and pointwise_weight.shape[0] <= 256 and x.stride(1) == 1
 

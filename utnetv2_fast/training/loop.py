@@ -90,7 +90,8 @@ def train(
     _resume(run, state)
     dtype = training_dtype(settings, device)
     if config.model.impl != "reference":
-        check_kernels(device, dtype)
+        shape = (settings.batch_size, config.model.in_channels, *config.patch_size)
+        check_kernels(state.model, shape, device, dtype)
     weights = torch.ones(config.model.num_classes, device=device)
     weights[0] = settings.background_weight
     batch = _batches(config, train_cases, device)
