@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, TextColumn
@@ -44,6 +44,20 @@ def train(
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Network: see `utnetv2-fast info`.", show_default="by slice thickness and device")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="All settings: the name of a recipe, or FILE.yaml; options below override it."),
+    ] = None,
+    protocol: Annotated[
+        Literal["clean", "paper"] | None,
+        typer.Option(help="clean, or paper: as the authors' code does it.", show_default="the recipe's, or clean"),
+    ] = None,
+    leak: Annotated[
+        list[Literal["best-epoch", "label-crop", "resampled-grid"]] | None,
+        typer.Option(
+            help="Let the scores know the held-out labels as the authors' do; may be repeated.", show_default="none"
+        ),
     ] = None,
     fold: Annotated[str | None, typer.Option(help="Number of the fold to hold out, or all.", show_default="0")] = None,
     out: Annotated[
@@ -90,6 +104,8 @@ def train(
 
     utnetv2-fast train --data data/acdc --preset acdc-2d --fold all --out runs/acdc
 
+    utnetv2-fast train --data data/bcv --recipe bcv-3d --protocol paper --leak label-crop
+
     utnetv2-fast train --resume --out runs/acdc
     """
     from utnetv2_fast.data.dataset import read_dataset
@@ -104,9 +120,9 @@ def train(
         run_fold,
         spread_over_folds,
         suggest_preset,
-        training_settings,
     )
     from utnetv2_fast.models import get_preset
+    from utnetv2_fast.training.recipe import change_training, load_recipe, recipe_for_preset, with_leaks
     from utnetv2_fast.training.tensorboard import require_tensorboard
 
     keep_freed_memory()
@@ -127,23 +143,31 @@ def train(
         checkpoint_minutes=checkpoint_minutes,
     )
     if resume:
-        if out is None or changes or preset is not None or fold is not None:
+        if out is None or changes or any(given is not None for given in (preset, recipe, protocol, leak, fold)):
             raise InputError("--resume needs --out, and keeps the run's own settings: leave the others out.")
         runs = existing_runs(out)
         config = runs[0].config
         dataset = read_dataset(data or Path(config.data))
-        store = prepare_dataset(dataset, prepared or Path(config.prepared), config.plan.dimensions, track)
+        store = prepare_dataset(
+            dataset, prepared or Path(config.prepared), config.plan.dimensions, track, config.preparation
+        )
     else:
         folds = None if fold == "all" else [_fold_number(fold or "0")]
         dataset = read_dataset(data) if data is not None else _demo_dataset(track)
-        preset = preset or suggest_preset(dataset, target)
-        dimensions = get_preset(preset).dimensions
-        name = f"{dataset.folder.resolve().name}-{preset}-{'all' if folds is None else f'fold{folds[0]}'}"
+        if recipe is None:
+            settings = recipe_for_preset(preset or suggest_preset(dataset, target), protocol or "clean")
+        else:
+            settings = load_recipe(recipe, protocol)
+            if preset is not None:
+                settings = settings.model_copy(update={"preset": preset, "patch_size": None})
+        settings = with_leaks(change_training(settings, changes), leak or [])
+        dimensions, preparation = get_preset(settings.preset).dimensions, settings.preparation
+        name = f"{dataset.folder.resolve().name}-{settings.preset}-{'all' if folds is None else f'fold{folds[0]}'}"
         out = out or Path("runs") / name
-        training_settings(preset, changes)
         refuse_existing_runs(out)
-        store = prepare_dataset(dataset, prepared or default_folder(dataset, dimensions), dimensions, track)
-        runs = new_runs(store, dataset.folder, preset, folds, out, changes)
+        folder = prepared or default_folder(dataset, dimensions, preparation)
+        store = prepare_dataset(dataset, folder, dimensions, track, preparation)
+        runs = new_runs(store, dataset.folder, settings, folds, out)
 
     evaluations = []
     for run in runs:
@@ -154,6 +178,8 @@ def train(
             )
         evaluations.append(evaluation)
         if not json:
+            if evaluation.leaks:
+                console.print(f"With leaks: {', '.join(evaluation.leaks)}.", highlight=False)
             console.print(score_table(evaluation))
     spread = spread_over_folds(evaluations)
     if json:
