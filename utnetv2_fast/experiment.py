@@ -92,9 +92,7 @@ def _patch(prepared: Prepared, preset: Preset, patch_size: tuple[int, ...] | Non
     return PatchPlan(patch_size=tuple(patch.tolist()), scales=scales, kernel_sizes=kernel_sizes)
 
 
-def new_runs(
-    prepared: Prepared, data: Path, recipe: Recipe, folds: Sequence[int] | None, out: Path
-) -> list[RunFolder]:
+def new_runs(prepared: Prepared, data: Path, recipe: Recipe, folds: Sequence[int] | None, out: Path) -> list[RunFolder]:
     """Configure runs that do not exist yet: of one fold in `out`, of several or (None) all in `out/fold-K`.
 
     Raises InputError when there are runs already, and for what `configure` refuses.

@@ -328,7 +328,9 @@ def test_a_run_killed_while_it_was_set_up_is_set_up_anew(
     assert sorted(json.loads(capsys.readouterr().out)["runs"]) == ["runs/fold-0", "runs/fold-1"]
 
 
-@pytest.mark.parametrize("arguments", [
+@pytest.mark.parametrize(
+    "arguments",
+    [
         ("--epochs", "3"),
         ("--fold", "1"),
         ("--preset", "tiny-2d"),

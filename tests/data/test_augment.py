@@ -154,9 +154,7 @@ def test_moved_together_or_not_at_all() -> None:
     slanted = Effect(probability=0.5, low=0.4, high=0.4)
     image = torch.from_numpy(smooth((900, 1, 12, 12))).float()
     for together, expected in ((True, 1 / 3), (False, 1 - 2 / 3 * 0.5 * 0.5)):
-        profile = AugmentationProfile(
-            rotation_in_plane=third, scaling=half, shear=slanted, moves_together=together
-        )
+        profile = AugmentationProfile(rotation_in_plane=third, scaling=half, shear=slanted, moves_together=together)
         moved = (run(image, profile)[0] != image).flatten(1).any(1).float().mean().item()
         assert moved == pytest.approx(expected, abs=0.05)
 

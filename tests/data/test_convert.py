@@ -237,9 +237,7 @@ def test_mnms_with_another_table(mnms: tuple[Path, dict], tmp_path: Path, old: s
     assert not (tmp_path / "new").exists()
 
 
-def test_labels_that_a_layout_does_not_have(
-    mnms: tuple[Path, dict], tmp_path: Path, write_nifti: Callable
-) -> None:
+def test_labels_that_a_layout_does_not_have(mnms: tuple[Path, dict], tmp_path: Path, write_nifti: Callable) -> None:
     file = mnms[0] / "Testing/C3D4/C3D4_sa_gt.nii.gz"
     write_nifti(file, np.full((9, 8, 4, 6), 4, np.uint8))
     with pytest.raises(InputError, match=r"C3D4_sa_gt\.nii\.gz: holds the label 4"):
@@ -376,8 +374,9 @@ def test_cardiac_datasets_become_one(acdc: Path, mnms: tuple[Path, dict], tmp_pa
     assert len(cases) == 12
     first, second = cases["ACDC_patient013_frame09"], cases["MnMs_E5F6_ES"]
     assert (first.patient, second.patient) == ("ACDC_patient013", "MnMs_E5F6")
-    assert (first.metadata["dataset"], first.metadata["vendor"], first.metadata["pathology"]) == ("ACDC", "Siemens", "")
-    assert (second.metadata["subset"], second.metadata["vendor"], second.metadata["group"]) == ("validation", "Canon", "")
+    columns = ("dataset", "subset", "vendor", "group", "pathology")
+    assert [first.metadata[column] for column in columns] == ["ACDC", "training", "Siemens", "RV", ""]
+    assert [second.metadata[column] for column in columns] == ["MnMs", "validation", "Canon", "", "HCM"]
     assert first.metadata.keys() == second.metadata.keys()
     edit_json(tmp_path / "all/mnms", name="ACDC")
     with pytest.raises(InputError, match="two of its datasets have one name"):

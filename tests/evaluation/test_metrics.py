@@ -295,9 +295,7 @@ def test_the_missing_class_rule_of_the_authors() -> None:
     reference[0, :3, :3] = prediction[3, :3, :3] = 1
     reference[1, :3, :3] = 2
     prediction[2, :3, :3] = 3
-    far, missed, made_up, neither = score_case(
-        "case", prediction, reference, spacing, labels, missing_class="500mm"
-    )
+    far, missed, made_up, neither = score_case("case", prediction, reference, spacing, labels, missing_class="500mm")
     assert (far.dice, far.hd95) == (0, 500)
     assert (missed.dice, missed.hd95, missed.nsd) == (0, 500, 0)
     for score in (made_up, neither):

@@ -37,6 +37,7 @@ def test_nothing_is_left_after_the_last_step_of_the_polynomial() -> None:
 
 def test_the_authors_schedule_has_one_rate_per_epoch() -> None:
     """The factors of their code (training/utils.py) for 200 epochs with a warm-up of five."""
+
     def factor(step: int) -> float:
         return learning_rate_factor(step, steps=2000, warmup_steps=50, schedule="epochwise", steps_per_epoch=10)
 

@@ -244,8 +244,8 @@ def _matrices(
     """(n, k, k) float64: from an offset in the patch to the offset in the source, both in voxels.
 
     degrees (n, 1) turns and scales within slices, with k = 2 or 3 axes; degrees (n, 3) turns about each axis of a
-    volume. scales (n, k) stretches each axis, then shears (n, 2) slants the last two, by itself per other, then all is
-    turned. That happens in millimetres, so that things keep their shape whatever the spacing.
+    volume. Before, scales (n, k) stretches each axis, then shears (n, 2) slants the last two, each along the other. All
+    that happens in millimetres, so that things keep their shape whatever the spacing.
     """
     n, k = len(degrees), len(spacing)
     turn = torch.eye(k, dtype=torch.float64).repeat(n, 1, 1)
@@ -273,7 +273,7 @@ def _move(
     profile: AugmentationProfile,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate, scale and mirror: samples that are neither rotated nor scaled are cropped, the others resampled once."""
+    """Rotate, scale, shear, mirror: samples that are at most mirrored are cropped, the others resampled once."""
     batch, dimensions = image.shape[0], len(patch)
     planar = _planar(spacing, profile)
     rotation = _rotation(patch, spacing, profile)

@@ -109,7 +109,7 @@ def _frame(volume: Volume) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
         raise InputError(f"{volume.file}: holds {count} volumes instead of one; check the layout that you named.")
     if volume.frame is not None and volume.frame >= count:
         raise InputError(
-            f"{volume.file}: has {count} frames, but frame {volume.frame} (counted from 0) is wanted; download it again."
+            f"{volume.file}: has {count} frames, but frame {volume.frame} (from 0) is wanted; download it again."
         )
     return frames[..., volume.frame or 0], np.asarray(voxel_sizes(grid.affine))
 

@@ -97,9 +97,7 @@ def read_acdc(source: Path, track: Track) -> Contents:
         "ACDC",
         _CINE,
         CARDIAC_LABELS,
-        tuple(
-            SourceCase(case.name, people[case.patient], case.image, case.label, case.metadata) for case in cases
-        ),
+        tuple(SourceCase(case.name, people[case.patient], case.image, case.label, case.metadata) for case in cases),
     )
 
 
@@ -178,7 +176,8 @@ def read_mnms2(source: Path, track: Track) -> Contents:
     Subjects 1 to 160 are the challenge's training set, those to 200 its validation set, the others its test set.
     Columns: phase, subset, vendor, pathology, scanner, field.
     """
-    rows = {str(_number(code)): row for code, row in _information(source, "SUBJECT_CODE", ("VENDOR", "DISEASE")).items()}
+    information = _information(source, "SUBJECT_CODE", ("VENDOR", "DISEASE"))
+    rows = {_number(code): row for code, row in information.items()}
     cases = []
     for label in _files(source, "*_SA_E[DS]_gt.nii.gz"):
         stem = label.name.removesuffix("_gt.nii.gz")
@@ -186,9 +185,9 @@ def read_mnms2(source: Path, track: Track) -> Contents:
         image = label.with_name(f"{stem}.nii.gz")
         _require(image, "the scan of", label)
         number = _number(code)
-        if number is None or str(number) not in rows:
+        if number is None or number not in rows:
             raise InputError(f"{label}: dataset_information.csv has no line for subject {code}; download it again.")
-        row = rows[str(number)]
+        row = rows[number]
         metadata = {
             "phase": phase,
             "subset": "training" if number <= 160 else "validation" if number <= 200 else "testing",
@@ -267,9 +266,10 @@ def read_bcv(source: Path, track: Track) -> Contents:
 
 def read_lits(source: Path, track: Track) -> Contents:
     """The LiTS challenge: `volume-N.nii` and `segmentation-N.nii` (or .nii.gz), side by side in one or more folders."""
-    files = [file for file in _files(source, "segmentation-*.nii*") if re.fullmatch(r"segmentation-\d+", file_stem(file))]
     cases = []
-    for label in sorted(files, key=lambda file: int(file_stem(file).partition("-")[2])):
+    for label in _files(source, "segmentation-*.nii*"):
+        if not re.fullmatch(r"segmentation-\d+", file_stem(label)):
+            continue
         image = label.with_name(label.name.replace("segmentation", "volume"))
         _require(image, "the scan of", label)
         cases.append(SourceCase(file_stem(image), file_stem(image), Volume(image), Volume(label)))
@@ -343,7 +343,7 @@ def _information(source: Path, key: str, columns: Sequence[str]) -> dict[str, di
             with file.open(newline="", encoding="utf-8-sig") as stream:
                 rows = list(csv.DictReader(stream, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: not a table of comma-separated values in UTF-8 ({error}); download it again.") from None
+            raise InputError(f"{file}: not a table in UTF-8 ({error}); download it again.") from None
         if rows and {key, *columns} <= rows[0].keys():
             if any(None in row or None in row.values() for row in rows):
                 raise InputError(f"{file}: a line has more or fewer values than there are columns; download it again.")

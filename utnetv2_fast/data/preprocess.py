@@ -114,9 +114,7 @@ def _label_box(label: NDArray[np.uint8], spacing: Spacing, plan: Plan) -> tuple[
     assert plan.label_context is not None
     around = []
     box = nonzero_box(label[None])
-    for part, size, own, new, context in zip(
-        box, label.shape, spacing, plan.spacing, plan.label_context, strict=True
-    ):
+    for part, size, own, new, context in zip(box, label.shape, spacing, plan.spacing, plan.label_context, strict=True):
         margin = round(context * (own if new is None else new) / own)
         around.append(slice(max(0, part.start - margin), min(size, part.stop + margin)))
     d, h, w = around

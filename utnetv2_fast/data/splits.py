@@ -80,8 +80,8 @@ def split_by_metadata(cases: Sequence[PreparedCase], held_out: Mapping[str, Sequ
     if not held or held == {case.patient for case in cases}:
         wanted = " and ".join(f"{column} {' or '.join(values)}" for column, values in held_out.items())
         raise InputError(
-            f"{'All' if held else 'None'} of the {len(cases)} cases would be held out (by {wanted} in cases.csv); use a "
-            "dataset that has both."
+            f"{'All' if held else 'None'} of the {len(cases)} cases would be held out (by {wanted} in cases.csv); use "
+            "a dataset that has both."
         )
     return _split({case.name: case.patient for case in cases}, held)
 

@@ -61,9 +61,7 @@ def _predict_knowing_label(predictor: Predictor, case: Case, file: Path, grid: S
         write_label(target, *_on_own_grid(label, geometry, plan))
 
 
-def _on_own_grid(
-    label: NDArray[np.uint8], geometry: Geometry, plan: Plan
-) -> tuple[NDArray[np.uint8], Grid]:
+def _on_own_grid(label: NDArray[np.uint8], geometry: Geometry, plan: Plan) -> tuple[NDArray[np.uint8], Grid]:
     """A label map (D, H, W) as (Z, Y, X), and a grid that has its spacing, along the axes of the world."""
     back = np.argsort(plan.axes)
     canonical = np.ascontiguousarray(label.transpose(back))

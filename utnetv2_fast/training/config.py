@@ -55,7 +55,6 @@ class TrainingConfig(BaseModel):
         return round(min(self.warmup_epochs, self.epochs / 10) * self.steps_per_epoch)
 
 
-
 class EvaluationConfig(BaseModel):
     """How the held-out scans of a run are predicted and scored."""
 
