@@ -23,6 +23,7 @@ import yaml
 from utnetv2_fast.cli import train
 from utnetv2_fast.data.dataset import read_dataset
 from utnetv2_fast.experiment import suggest_preset
+from utnetv2_fast.training import RunFolder
 from utnetv2_fast.training.loop import Progress
 
 Call = Callable[..., int]
@@ -135,8 +136,13 @@ def test_compilation_is_asked_for(call: Call, demo: Path, place: Path, monkeypat
 
 
 def test_the_paper_protocol_with_leaks_says_so_first(
-    call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = []
+    load = RunFolder.load_model
+    monkeypatch.setattr(
+        RunFolder, "load_model", lambda run, weights="last": asked.append(weights) or load(run, weights)
+    )
     file = place / "mine.yaml"
     file.write_text(
         "preset: tiny-2d\npreparation: {spacing: [null, 2, 2], label_context: [1, 9, 9]}\n"
@@ -146,8 +152,10 @@ def test_the_paper_protocol_with_leaks_says_so_first(
     )
     options = ("train", "--data", demo, "--recipe", file, "--epochs", 1)
     assert call(*options, "--out", "clean", "--json") == 0
+    assert asked == []
     leaks = ("--leak", "best-epoch", "--leak", "label-crop", "--leak", "resampled-grid")
     assert call(*options, "--protocol", "paper", *leaks, "--out", "leaking") == 0
+    assert asked == ["best"]
     assert "With leaks: the epoch was chosen" in capsys.readouterr().out
 
     clean, leaking = (json.loads((place / name / "scores.json").read_text()) for name in ("clean", "leaking"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from utnetv2_fast.data.plan import Preparation
 from utnetv2_fast.data.splits import SplitRules
@@ -34,7 +34,9 @@ class Recipe(BaseModel):
 
     protocol: Protocol = "clean"
     preset: str
-    patch_size: tuple[int, ...] | None = None  # None: the preset's input, or by the data where it fits itself to them
+    patch_size: tuple[PositiveInt, ...] | None = (
+        None  # None: that of the preset
+    )
     preparation: Preparation = Preparation()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
