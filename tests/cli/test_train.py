@@ -95,7 +95,7 @@ def test_a_run_that_was_stopped_has_a_report_without_scores(
     def stop(*_: object, **__: object) -> None:
         raise StoppedError
 
-    monkeypatch.setattr("utnetv2_fast.experiment.predict_files", stop)
+    monkeypatch.setattr("utnetv2_fast.experiment.predict_held_out", stop)
     with pytest.raises(StoppedError):
         call("train", "--data", demo, *SHORT, "--out", "run")
     page = (place / "run" / "report.html").read_text(encoding="utf-8")
@@ -153,7 +153,7 @@ def test_the_paper_protocol_with_leaks_says_so_first(
     options = ("train", "--data", demo, "--recipe", file, "--epochs", 1)
     assert call(*options, "--out", "clean", "--json") == 0
     assert asked == []
-    leaks = ("--leak", "best-epoch", "--leak", "label-crop", "--leak", "resampled-grid")
+    leaks = ("--leak-best-epoch", "--leak-label-crop", "--leak-resampled-grid")
     assert call(*options, "--protocol", "paper", *leaks, "--out", "leaking") == 0
     assert asked == ["best"]
     assert "With leaks: the epoch was chosen" in capsys.readouterr().out
@@ -224,9 +224,8 @@ def test_a_dataset_whose_classes_changed_is_not_resumed(
         (("--out", "demo/dataset.json"), "is a file"),
         (("--recipe", "acdc"), "no recipe 'acdc'"),
         (("--recipe", "demo/dataset.yaml"), "no such recipe file"),
-        (("--leak", "label-crop"), "needs a recipe with label_context"),
+        (("--leak-label-crop",), "needs a recipe with label_context"),
         (("--protocol", "dirty"), "dirty"),
-        (("--leak", "everything"), "everything"),
     ],
 )
 def test_wrong_options_are_one_sentence(
@@ -344,7 +343,7 @@ def test_a_run_killed_while_it_was_set_up_is_set_up_anew(
         ("--preset", "tiny-2d"),
         ("--recipe", "acdc-2d"),
         ("--protocol", "paper"),
-        ("--leak", "best-epoch"),
+        ("--leak-best-epoch",),
     ],
 )
 def test_a_resumed_run_keeps_its_settings(

@@ -142,5 +142,5 @@ def test_the_rules_of_a_split_decide_its_folds(prepared: Prepared) -> None:
     assert len(load_or_make_splits(prepared, SplitRules(folds=2))) == 2
     (prepared.folder / "splits.json").unlink()
     patients = {case.name: case.patient for case in prepared.cases}
-    authors = load_or_make_splits(prepared, SplitRules(scheme="authors"))
-    assert authors == make_splits_as_the_authors(patients) != make_splits(patients)
+    authors = load_or_make_splits(prepared, SplitRules(scheme="authors", folds=2))
+    assert authors == make_splits_as_the_authors(patients, 2) != make_splits(patients, 2)

@@ -136,6 +136,7 @@ def test_a_short_file_takes_the_rules(tmp_path: Path) -> None:
     [
         ("preset: acdc-2d\n", "preset: acdc-2d\ncolour: blue\n", "colour: no such setting"),
         ("  epochs: 200\n", "  epoch: 200\n", "training.epoch"),
+        ("  epochs: 200\n", "  epochs: 200\n  batch-size: 3\n", "training.batch-size: no such setting"),
         ("  crop: nonzero\n", "  crops: nonzero\n", r"preparation\.crops: no such setting"),
         ("    crop: none\n", "    crops: none\n", r"paper\.preparation\.crops: no such setting"),
         ("      shear:", "      sheer:", r"paper\.training\.augmentation\.sheer: no such setting"),
@@ -146,7 +147,7 @@ def test_a_short_file_takes_the_rules(tmp_path: Path) -> None:
         ("protocol: clean", "protocol: dirty", "protocol: Input should be"),
         ("preset: acdc-2d\n", "preset: acdc\n", "no preset 'acdc'"),
         ("[256, 256]", "[16, 256, 256]", "patch_size: 3 axes for acdc-2d"),
-        ("paper:", "paper: 3\nx:", "paper: not settings|x: no such setting"),
+        ("\npaper:\n", "\npaper: 3\nx:\n", "x: no such setting"),
         ("preset:", "- preset:", "not valid YAML"),
         ("preset:", "preset: [", "not valid YAML"),
     ],
@@ -167,6 +168,13 @@ def test_what_is_no_recipe(tmp_path: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"mine\.yaml: "):
         load_recipe(str(file))
+
+
+def test_a_section_paper_that_is_no_section(written: Path) -> None:
+    before, _, _ = written.read_text().partition("\npaper:\n")
+    written.write_text(f"{before}\npaper: yes\n")
+    with pytest.raises(InputError, match=r"mine\.yaml: paper: not settings"):
+        load_recipe(str(written))
 
 
 def test_absent_recipes(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from utnetv2_fast.data.dataset import Dataset
     from utnetv2_fast.progress import Track
     from utnetv2_fast.training.loop import Progress
+    from utnetv2_fast.training.recipe import Leak
 
 DEMO = Path("demo")
 
@@ -53,12 +54,15 @@ def train(
         Literal["clean", "paper"] | None,
         typer.Option(help="clean, or paper: as the authors' code does it.", show_default="the recipe's, or clean"),
     ] = None,
-    leak: Annotated[
-        list[Literal["best-epoch", "label-crop", "resampled-grid"]] | None,
-        typer.Option(
-            help="Let the scores know the held-out labels as the authors' do; may be repeated.", show_default="none"
-        ),
-    ] = None,
+    leak_best_epoch: Annotated[
+        bool, typer.Option("--leak-best-epoch", help="Score the epoch that is best on the held-out scans.")
+    ] = False,
+    leak_label_crop: Annotated[
+        bool, typer.Option("--leak-label-crop", help="Crop all scans, held-out ones too, to their labels.")
+    ] = False,
+    leak_resampled_grid: Annotated[
+        bool, typer.Option("--leak-resampled-grid", help="Score on the network's grid, not on the scans' own.")
+    ] = False,
     fold: Annotated[str | None, typer.Option(help="Number of the fold to hold out, or all.", show_default="0")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder to write.", show_default="runs/DATASET-PRESET-foldK")
@@ -104,7 +108,7 @@ def train(
 
     utnetv2-fast train --data data/acdc --preset acdc-2d --fold all --out runs/acdc
 
-    utnetv2-fast train --data data/bcv --recipe bcv-3d --protocol paper --leak label-crop
+    utnetv2-fast train --data data/bcv --recipe bcv-3d --protocol paper --leak-label-crop
 
     utnetv2-fast train --resume --out runs/acdc
     """
@@ -142,8 +146,14 @@ def train(
         seed=seed,
         checkpoint_minutes=checkpoint_minutes,
     )
+    switches: dict[Leak, bool] = {
+        "best-epoch": leak_best_epoch,
+        "label-crop": leak_label_crop,
+        "resampled-grid": leak_resampled_grid,
+    }
+    leaks = [leak for leak, on in switches.items() if on]
     if resume:
-        if out is None or changes or any(given is not None for given in (preset, recipe, protocol, leak, fold)):
+        if out is None or changes or any(given is not None for given in (preset, recipe, protocol, fold)) or leaks:
             raise InputError("--resume needs --out, and keeps the run's own settings: leave the others out.")
         runs = existing_runs(out)
         config = runs[0].config
@@ -160,7 +170,7 @@ def train(
             settings = load_recipe(recipe, protocol)
             if preset is not None:
                 settings = settings.model_copy(update={"preset": preset, "patch_size": None})
-        settings = with_leaks(change_training(settings, changes), leak or [])
+        settings = with_leaks(change_training(settings, changes), leaks)
         dimensions, preparation = get_preset(settings.preset).dimensions, settings.preparation
         name = f"{dataset.folder.resolve().name}-{settings.preset}-{'all' if folds is None else f'fold{folds[0]}'}"
         out = out or Path("runs") / name

@@ -34,9 +34,7 @@ class Recipe(BaseModel):
 
     protocol: Protocol = "clean"
     preset: str
-    patch_size: tuple[PositiveInt, ...] | None = (
-        None  # None: that of the preset
-    )
+    patch_size: tuple[PositiveInt, ...] | None = None  # None: that of the preset
     preparation: Preparation = Preparation()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -116,7 +114,7 @@ def with_leaks(recipe: Recipe, leaks: Sequence[Leak]) -> Recipe:
         evaluation = evaluation.model_copy(update={"grid": "resampled"})
     if "label-crop" in leaks:
         if preparation.label_context is None:
-            raise InputError("The leak label-crop needs a recipe with label_context, such as bcv-3d on paper.")
+            raise InputError("--leak-label-crop needs a recipe with label_context, such as bcv-3d on paper.")
         preparation = preparation.model_copy(update={"crop": "label"})
     return recipe.model_copy(update={"evaluation": evaluation, "preparation": preparation})
 
@@ -156,9 +154,12 @@ def _validated(file: Path, content: dict[str, Any], prefix: str = "") -> Recipe:
     except ValidationError as error:
         # Where a field may be of two kinds, the error that goes deepest is that of the kind which was meant.
         deepest = max(error.errors(), key=lambda single: len(single["loc"]))
-        path = [str(part) for part in deepest["loc"] if not str(part).startswith(("literal[", "AugmentationProfile"))]
-        what = "no such setting" if deepest["type"] == "extra_forbidden" else deepest["msg"]
-        raise InputError(f"{file}: {prefix}{'.'.join(path) or 'content'}: {what}; correct it.") from None
+        unknown = deepest["type"] == "extra_forbidden"
+        *parents, last = map(str, deepest["loc"])
+        # pydantic puts the kind of field into the path too: "literal['none', ...]".
+        path = [part for part in parents if part.isidentifier()] + [last] * (unknown or last.isidentifier())
+        what = "no such setting" if unknown else deepest["msg"]
+        raise InputError(f"{file}: {prefix}{'.'.join(path)}: {what}; correct it.") from None
     if recipe.preset not in PRESETS:
         raise InputError(f"{file}: {prefix}preset: no preset {recipe.preset!r}; choose one of {', '.join(PRESETS)}.")
     preset = PRESETS[recipe.preset]
