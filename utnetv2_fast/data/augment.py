@@ -47,7 +47,10 @@ _Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class AugmentationProfile(BaseModel):
-    """What happens to a training sample, in this order. Intensities are in standard deviations (scans are z-scored)."""
+    """What happens to a training sample, in this order.
+
+    Intensities are those of prepared scans: in standard deviations, where these are z-scored.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

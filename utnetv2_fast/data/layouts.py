@@ -4,6 +4,8 @@ All cardiac sets are given ACDC's labels, RV 1, MYO 2, LV 3, and the columns `ph
 they can be merged into one dataset and their scores split by domain. Their scanners hold short-axis slices at any
 angle, so that no axis of the patient is the slice axis of all of them: what is written anew keeps the stored axes
 (slices last, as in ACDC) and the spacing, and drops the rest of the affine.
+
+The layouts are what the datasets' own pages and public code describe; of the downloads themselves only ACDC's was seen.
 """
 
 from __future__ import annotations
