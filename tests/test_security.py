@@ -195,7 +195,7 @@ HOSTILE_CONFIGS = [
     ("mean: 0.0", "mean: .inf", "finite"),
     ("map_size: [3, 3]", "map_size: [90000, 90000]", "map_size"),
     ("blocks: [1, 1, 1]", "blocks: [1, 1, 100000000]", "less than"),
-    ("channels: [4, 8, 8, 8, 8]", "channels: [4, 8, 8, 8, 8000000]", "another network"),
+    ("channels: [4, 8, 8, 8, 8]", "channels: [4, 8, 8, 8, 8000000]", "impossible size"),
 ]
 
 
@@ -309,14 +309,18 @@ def demo(tmp_path: Path) -> Path:
 def test_paths_of_a_dataset_stay_in_it(path: str, where: str, demo: Path) -> None:
     (demo / "loop").symlink_to("loop")
     (demo.parent / "secret.nii.gz").write_bytes(b"")
+    (demo / "cases.csv").unlink()
     content = json.loads((demo / "dataset.json").read_text())
-    entry = {"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"} | {where: path}
+    image = next((demo / "imagesTr").iterdir()).name
+    entry = {"image": f"imagesTr/{image}", "label": f"labelsTr/{image.replace('_0000', '')}"} | {where: path}
     (demo / "dataset.json").write_text(json.dumps(content | {"training": [entry]}))
-    assert "dataset.json" in refused(lambda: read_dataset(demo)) or "outside" in refused(lambda: read_dataset(demo))
+    message = refused(lambda: read_dataset(demo))
+    assert any(words in message for words in ("outside", "cannot be printed", "longer than", "loop: no such file"))
 
 
 @pytest.mark.parametrize("name", ["../up", "\x1b[2J", "a\nb", "x" * 250])
 def test_names_of_cases_are_names_of_files(name: str, demo: Path) -> None:
+    (demo / "cases.csv").unlink()
     content = json.loads((demo / "dataset.json").read_text())
     entry = {"images": ["imagesTr/a.nii.gz"], "label": "labelsTr/a.nii.gz"}
     (demo / "dataset.json").write_text(json.dumps(content | {"dataset": {name: entry}}))
@@ -364,6 +368,6 @@ def test_a_bounded_file_is_read_whole(tmp_path: Path) -> None:
 def test_an_array_in_a_prepared_folder_is_no_pickle(demo: Path, tmp_path: Path) -> None:
     case = prepare(read_dataset(demo), tmp_path / "prepared", 2).cases[0]
     np.save(case.image_file, np.array([Run(tmp_path / "trap")], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(ValueError, match="Python objects"):
         case.image()
     assert not (tmp_path / "trap").exists()

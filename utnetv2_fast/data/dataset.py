@@ -21,6 +21,7 @@ from utnetv2_fast.files import lies_inside, read_bounded
 # Bytes of dataset.json and of cases.csv; a dataset of a hundred thousand cases needs a fifth of it.
 _LARGEST_TABLE = 2**26
 _LONGEST_NAME = 200  # of a case: file systems allow 255, and it gets endings
+_LONGEST_PATH = 2000
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ def _plain_text(text: str) -> str:
 
 def _usable_path(path: Path) -> Path:
     _plain_text(str(path))
-    if any(len(part.encode()) > 255 for part in path.parts):
+    if len(str(path)) > _LONGEST_PATH or any(len(part.encode()) > 255 for part in path.parts):
         raise ValueError("is longer than the name of a file can be")
     return path
 
 
 _Text = Annotated[str, AfterValidator(_plain_text)]
-_File = Annotated[Path, Field(max_length=4000), AfterValidator(_usable_path)]
+_File = Annotated[Path, AfterValidator(_usable_path)]
 
 
 class _MsdEntry(BaseModel):

@@ -54,9 +54,10 @@ def read_series(folder: Path) -> Scan:
         raise InputError(f"{folder}: its headers claim {columns} x {rows} x {len(files)} voxels; export it again.")
     if problem := affine_problem(affine):
         raise InputError(f"{files[0]}: its affine {problem}; export the series again.")
+    order = np.argsort(places @ np.cross(*directions))
+    _pixels(files[order[0]], (rows, columns))  # before memory is taken for all: a header can claim anything
     grid = Grid((columns, rows, len(files)), affine)
     image, (stored,) = blank(grid, 1, np.float32)
-    order = np.argsort(places @ np.cross(*directions))
     for index, number in enumerate(order.tolist()):
         stored[:, :, index] = _pixels(files[number], (rows, columns)).T
     return Scan(image, grid)
@@ -74,9 +75,11 @@ def _headers(folder: Path) -> dict[Path, Dataset]:
     for file in series_files(folder):
         try:
             header = pydicom.dcmread(file, stop_before_pixels=True)
-            if "Rows" in header:  # a DICOMDIR or a report has none
+            if "Rows" in header:
                 headers[file] = header
                 kinds.setdefault(_kind(header), file)
+            elif not _is_no_image(header):
+                raise ValueError("it ends in its header")
         except (InvalidDicomError, OSError, *_DAMAGE) as error:
             raise InputError(f"{file}: not a readable DICOM file ({_reason(error)}); export it again.") from None
     if not headers:
@@ -113,6 +116,12 @@ def _kind(header: Dataset) -> tuple[str, ...]:
         *(str(header.get(name)) for name in ("Rows", "Columns", "PixelSpacing")),
         str(orientation.tolist()),
     )
+
+
+def _is_no_image(header: Dataset) -> bool:
+    """Whether this is the directory of a disc, a report and the like, by its class."""
+    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+    return kind is not None and "Image" not in kind.name
 
 
 def _affine(

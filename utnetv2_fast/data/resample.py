@@ -7,6 +7,7 @@ it was given.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
-from torch.nn import functional
 
 # nnU-Net's ANISO_THRESHOLD: slices thicker than this many in-plane voxels are resampled one by one.
 ANISOTROPY_THRESHOLD = 3.0
@@ -100,18 +100,19 @@ def resample_argmax(
     `shape[1:]` uint8, on their device. A plane is asked for when it is needed and no longer looked at when the next
     one is asked for: on the grid of a large CT the scores of all classes would fit nowhere.
     """
-    axis = separate_axis(spacing, new_spacing)
-    lower, shares = _places(old_shape[0], shape[0], nearest=axis == 0)
+    thick = separate_axis(spacing, new_spacing)
+    along, rows, columns = (
+        _places(old, new, nearest=axis == thick) for axis, (old, new) in enumerate(zip(old_shape, shape, strict=True))
+    )
     numbered = enumerate(planes)
-    held: dict[int, Tensor] = {}
-    for index, share in zip(lower, shares, strict=True):
-        needed = (index, index + 1) if share else (index,)
-        held = {number: plane for number, plane in held.items() if number in needed}
-        while needed[-1] not in held:
-            number, plane = next(numbered)
-            if number in needed:
-                held[number] = _resample_plane(plane, shape[1:], None if not axis else axis - 1)
-        yield _argmax_between(held[needed[0]], held[needed[-1]], share)
+    held: dict[int, _Plane] = {}
+    for below, above, share in zip(along.below.tolist(), along.above.tolist(), along.share.tolist(), strict=True):
+        held = {number: plane for number, plane in held.items() if number in (below, above)}
+        while above not in held:
+            number, scores = next(numbered)
+            if number in (below, above):
+                held[number] = _plane(scores.to(torch.float32, copy=True), rows, columns)
+        yield _argmax_between(held[below], held[above], share, rows, columns)
 
 
 def _slicing_axis(
@@ -156,34 +157,85 @@ def _spline_matrix(size: int, new_size: int) -> Tensor:
     return torch.from_numpy(zoomed.astype(np.float32))
 
 
-def _places(size: int, new_size: int, *, nearest: bool) -> tuple[list[int], list[float]]:
-    """For each of `new_size` planes the one of `size` at or below its centre, and the share of the one above that."""
-    if nearest or size == new_size:
-        return nearest_indices(size, new_size).tolist(), [0.0] * new_size
-    centres = ((np.arange(new_size) + 0.5) * (size / new_size) - 0.5).clip(0, size - 1)
-    lower = np.floor(centres).astype(np.intp)
-    return lower.tolist(), (centres - lower).tolist()
+@dataclass(frozen=True)
+class _Places:
+    """Between which voxels those of another grid lie along one axis, and the share of the one above: (new_size,) each.
 
-
-def _resample_plane(plane: Tensor, shape: Sequence[int], nearest: int | None) -> Tensor:
-    """(K, H, W) -> (K, *shape) float32, a tensor of its own: linear, edges repeated; nearest along axis `nearest`."""
-    if nearest is not None:
-        indices = nearest_indices(plane.shape[1 + nearest], shape[nearest])
-        plane = plane.index_select(1 + nearest, torch.from_numpy(indices).to(plane.device))
-    if tuple(plane.shape[1:]) == tuple(shape):
-        return plane.to(torch.float32, copy=True)
-    return functional.interpolate(plane.float()[None], size=tuple(shape), mode="bilinear", align_corners=False)[0]
-
-
-def _argmax_between(lower: Tensor, upper: Tensor, share: float) -> Tensor:
-    """Two planes (K, H, W) -> (H, W) uint8, the largest class where `upper` has this share.
-
-    Class by class, so that what is compared stays in a processor's cache.
+    Where the share is 0 the two are the same.
     """
-    best = torch.lerp(lower[0], upper[0], share)
-    winner = torch.zeros_like(best, dtype=torch.uint8)
-    for index in range(1, len(lower)):
-        value = torch.lerp(lower[index], upper[index], share) if share else lower[index]
-        winner.masked_fill_(value >= best, index)
-        torch.maximum(best, value, out=best)
+
+    below: Tensor
+    above: Tensor
+    share: Tensor
+
+
+def _places(size: int, new_size: int, *, nearest: bool) -> _Places:
+    if nearest:
+        below = nearest_indices(size, new_size)
+        share = np.zeros(new_size)
+    else:
+        centres = ((np.arange(new_size) + 0.5) * (size / new_size) - 0.5).clip(0, size - 1)
+        below = np.floor(centres).astype(np.intp)
+        share = centres - below
+    above = torch.from_numpy(below + (share > 0))
+    return _Places(torch.from_numpy(below), above, torch.from_numpy(share.astype(np.float32)))
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Scores (K, H, W) float32, and at every place of the new plane the class that leads at all corners around it.
+
+    agreed   (H', W') int16, -1 where the corners differ
+    """
+
+    scores: Tensor
+    agreed: Tensor
+
+
+def _plane(scores: Tensor, rows: _Places, columns: _Places) -> _Plane:
+    agreed = _last_argmax(scores)
+    for axis, places in enumerate((rows, columns)):
+        below, above = (
+            agreed.index_select(axis, indices.to(scores.device)) for indices in (places.below, places.above)
+        )
+        agreed = torch.where(below == above, below, -1)
+    return _Plane(scores, agreed)
+
+
+def _argmax_between(below: _Plane, above: _Plane, share: float, rows: _Places, columns: _Places) -> Tensor:
+    """(H', W') uint8: the largest class where `above` has this share.
+
+    Interpolation keeps the order of two classes that have one order at all eight corners. So only the few places
+    between different classes are interpolated, those at the borders of structures.
+    """
+    label = torch.where(below.agreed == above.agreed, below.agreed, -1)
+    open_places = torch.nonzero(label.flatten() < 0).flatten()
+    if len(open_places):
+        row, column = open_places // label.shape[1], open_places % label.shape[1]
+        values = _interpolate(below.scores, row, column, rows, columns)
+        if share:
+            values.lerp_(_interpolate(above.scores, row, column, rows, columns), share)
+        label.view(-1)[open_places] = _last_argmax(values)
+    return label.to(torch.uint8)
+
+
+def _interpolate(scores: Tensor, row: Tensor, column: Tensor, rows: _Places, columns: _Places) -> Tensor:
+    """(K, H, W) -> (K, n) at n places, linearly, edges repeated."""
+    top, bottom, down = (part.to(row.device)[row] for part in (rows.below, rows.above, rows.share))
+    left, right, across = (part.to(row.device)[column] for part in (columns.below, columns.above, columns.share))
+    flat, width = scores.flatten(1), scores.shape[2]
+    upper, lower = (
+        torch.lerp(flat.index_select(1, y * width + left), flat.index_select(1, y * width + right), across)
+        for y in (top, bottom)
+    )
+    return torch.lerp(upper, lower, down)
+
+
+def _last_argmax(scores: Tensor) -> Tensor:
+    """(K, ...) -> (...) int16, the largest class, the last of equal ones."""
+    best = scores[0].clone()
+    winner = torch.zeros_like(best, dtype=torch.int16)
+    for index in range(1, len(scores)):
+        winner.masked_fill_(scores[index] >= best, index)
+        torch.maximum(best, scores[index], out=best)
     return winner

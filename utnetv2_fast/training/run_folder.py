@@ -37,6 +37,7 @@ _DAMAGE = (
 
 _LARGEST_CONFIG = 2**22  # bytes: what names a hundred thousand cases, and takes PyYAML a minute
 _LARGEST_RECORDS = 2**26
+_DEEPEST = 20  # levels of YAML
 _LARGEST_PATCH = 2**24  # voxels
 _CHECKSUM = "blake2b"  # in the metadata of a safetensors file, which has no checksum of its own
 
@@ -195,8 +196,11 @@ class RunFolder:
         Raises InputError when the run has no such weights (yet), or damaged ones, or those of another network.
         """
         config, file = self.config, self.weights_file(weights)
-        with torch.device("meta"):  # the network's shapes alone: those of a hostile file or configuration fit nowhere
-            expected = {name: (t.shape, t.dtype) for name, t in UTNetV2(config.model).state_dict().items()}
+        try:
+            with torch.device("meta"):  # the network's shapes alone: those of a hostile configuration fit nowhere
+                expected = {name: (t.shape, t.dtype) for name, t in UTNetV2(config.model).state_dict().items()}
+        except (RuntimeError, TypeError, ValueError, OverflowError):
+            raise InputError(f"{self.config_file}: describes a network of impossible size; train anew.") from None
         try:
             with safe_open(self._own(file), "pt") as stored:
                 shapes = {name: torch.Size(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 (no dict)
@@ -254,7 +258,12 @@ class RunFolder:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: this program writes none, and a few lines of them stand for more than any memory holds."""
+    """YAML without aliases and deep nesting: this program writes neither, and both take more than any machine has."""
+
+    def fetch_more_tokens(self) -> None:
+        if max(self.flow_level, len(self.indents)) > _DEEPEST:
+            raise yaml.YAMLError("nested too deep")
+        super().fetch_more_tokens()
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
