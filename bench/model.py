@@ -7,9 +7,7 @@ import contextlib
 import importlib
 import json
 import math
-import resource
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.measure import machine, seconds, table
+from bench.measure import in_a_process, largest_size, machine, seconds, table
 from utnetv2_fast import ops
 from utnetv2_fast.memory import keep_freed_memory
 from utnetv2_fast.models import PRESETS, UTNetV2
@@ -176,7 +174,7 @@ def measure(preset: str, dtype: str, say: Callable[[str], None]) -> list[Row]:
         def results(dtype: str, variant: str) -> tuple[dict[str, Tensor], int]:
             say(f"{preset} {dtype}: results of {variant}")
             file = str(Path(folder) / "results.pt")
-            saved_bytes = _in_a_process("save_results", preset, dtype, variant, file)
+            saved_bytes = in_a_process("bench.model", "save_results", preset, dtype, variant, file)
             return torch.load(file, weights_only=True), saved_bytes
 
         found = {variant: results(dtype, variant) for variant in VARIANTS}
@@ -190,7 +188,7 @@ def measure(preset: str, dtype: str, say: Callable[[str], None]) -> list[Row]:
         for turn in range(TURNS):
             for variant in VARIANTS:
                 say(f"{preset} {dtype}, {mode}, turn {turn + 1} of {TURNS}: {variant}")
-                took, peak_bytes = _in_a_process("time_and_peak", preset, dtype, variant, mode)
+                took, peak_bytes = in_a_process("bench.model", "time_and_peak", preset, dtype, variant, mode)
                 row.seconds[variant] = min(took, row.seconds.get(variant, math.inf))
                 row.peak_bytes[variant] = max(peak_bytes, row.peak_bytes.get(variant, 0))
         rows.append(row)
@@ -208,29 +206,12 @@ def time_and_peak(preset: str, dtype: str, variant: str, mode: str) -> tuple[flo
     """Shortest time of the work, and the growth of this process's largest size by it; for a fresh process."""
     keep_freed_memory()
     work = Work(preset, getattr(torch, dtype), variant)
-    before = _largest_size()
+    before = largest_size()
     run = work.run(mode)
     run()
     took = seconds(run, CPU)
     more = min(math.ceil(SECONDS_PER_TURN / took), 30)
-    return min([took, *(seconds(run, CPU) for _ in range(more))]), _largest_size() - before
-
-
-def _largest_size() -> int:
-    """Bytes that this process had in memory at most."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # Linux lets a process inherit ru_maxrss from its parent.
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
-def _in_a_process(function: str, *arguments: str) -> Any:
-    """What that function of this module returns, called in a fresh process."""
-    code = f"import json; from bench import model; print(json.dumps(model.{function}(*{arguments!r})))"
-    result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout)
+    return min([took, *(seconds(run, CPU) for _ in range(more))]), largest_size() - before
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, str]) -> str:

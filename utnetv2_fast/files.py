@@ -1,12 +1,15 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and reading them so that they cannot do harm."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from utnetv2_fast.errors import InputError
 
 _UNFINISHED = ".unfinished-"
 
@@ -45,6 +48,32 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def write_text_atomically(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_bounded(file: Path, most: int) -> bytes:
+    """The content of a file; InputError, before any memory is taken, when it has more than `most` bytes."""
+    size = file.stat().st_size
+    if size > most:
+        raise InputError(f"{file}: has {size} bytes, more than the {most} of any such file; restore it.")
+    return file.read_bytes()
+
+
+def lies_inside(folder: Path, file: Path) -> bool:
+    """Whether `file` lies in `folder` once every `..` and link is followed; the folder itself may be a link."""
+    # Not Path.resolve, which raises where links form a loop.
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+
+
+def digest(files: Iterable[Path]) -> str:
+    """A digest (BLAKE2) of the contents of files in their order, whatever they are called."""
+    total = hashlib.blake2b(digest_size=16)
+    for file in files:
+        content = hashlib.blake2b(digest_size=16)
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                content.update(chunk)
+        total.update(content.digest())
+    return total.hexdigest()
 
 
 def remove_unfinished(folder: Path) -> None:

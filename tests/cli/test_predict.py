@@ -63,7 +63,7 @@ def test_a_folder_of_scans_becomes_a_folder_of_label_maps(
     assert call("predict", run, "-i", demo / "imagesTr", "-o", out, "--device", "cpu", "--json") == 0
     cases = read_dataset(demo).cases
     expected = {case.name: str(out / f"{case.name}.nii.gz") for case in cases}
-    assert json.loads(capsys.readouterr().out) == {"predictions": expected}
+    assert json.loads(capsys.readouterr().out) == {"predictions": expected, "kept": []}
     for case in cases:
         scan, label = nib.load(case.images[0]), nib.load(expected[case.name])
         assert label.shape == scan.shape
@@ -71,10 +71,13 @@ def test_a_folder_of_scans_becomes_a_folder_of_label_maps(
         np.testing.assert_allclose(label.affine, scan.affine, atol=1e-5)
     assert len(list(out.iterdir())) == len(cases)
 
-    assert call("predict", run, "-i", demo / "imagesTr", "-o", out, "--device", "cpu") == 2
+    (out / f"{cases[0].name}.nii.gz").unlink()
+    assert call("predict", run, "-i", demo / "imagesTr", "-o", out, "--device", "cpu") == 0
+    assert f"{len(cases)} label maps, {len(cases) - 1} of them there already" in capsys.readouterr().out
+    assert call("predict", run, "-i", demo / "imagesTr", "-o", out, "--device", "cpu", "--mirror") == 2
     assert "--overwrite" in capsys.readouterr().err
     assert call("predict", run, "-i", demo / "imagesTr", "-o", out, "--device", "cpu", "--overwrite") == 0
-    assert f"{len(cases)} label maps" in capsys.readouterr().out
+    assert f"{len(cases)} label maps." in capsys.readouterr().out
 
 
 def test_files_as_a_shell_spreads_them(call: Call, run: Path, demo: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_at_the_plans_own_spacing_labels_come_back_exactly(
     label[scan.image[0] == 0] = 0
     prepared = preprocess_label(label, geometry, plan)
     assert image.shape == (1, *prepared.shape)
-    np.testing.assert_array_equal(restore_label(one_hot(prepared), geometry, plan), label)
+    np.testing.assert_array_equal(restore_label(one_hot(prepared).unbind(1), geometry, plan), label)
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -88,7 +88,7 @@ def test_labels_come_back_from_another_spacing(own: tuple, axes: tuple, dimensio
     assert image.shape[1:] == prepared.shape == target_shape(geometry, plan)
     if dimensions == 2:
         assert prepared.shape[0] == geometry.cropped_shape[0]
-    back = restore_label(one_hot(prepared), geometry, plan)
+    back = restore_label(one_hot(prepared).unbind(1), geometry, plan)
     for value in (1, 2):
         overlap = 2 * ((back == value) & (label == value)).sum() / ((back == value).sum() + (label == value).sum())
         assert overlap > 0.9
@@ -144,13 +144,15 @@ def test_a_constant_scan_gives_zeros(value: float) -> None:
     for scheme in ("zscore", "zscore_nonzero"):
         image, geometry = preprocess_image(scan, make_plan(normalisation=(scheme,)))
         assert not image.any()
-        assert restore_label(torch.zeros(4, *image.shape[1:]), geometry, make_plan()).shape == (3, 4, 5)
+        assert restore_label(torch.zeros(4, *image.shape[1:]).unbind(1), geometry, make_plan()).shape == (3, 4, 5)
 
 
 def test_nothing_vanishes_at_a_coarse_spacing() -> None:
     image, geometry = preprocess_image(framed((4, 5, 30), (0.1, 0.1, 1.0)), make_plan(axes=(2, 0, 1)))
     assert image.shape[2:] == (1, 1)
-    assert restore_label(one_hot(np.ones(image.shape[1:], np.uint8)), geometry, make_plan(axes=(2, 0, 1))).any()
+    assert restore_label(
+        one_hot(np.ones(image.shape[1:], np.uint8)).unbind(1), geometry, make_plan(axes=(2, 0, 1))
+    ).any()
 
 
 def test_the_scan_is_left_as_it_was() -> None:
@@ -186,8 +188,8 @@ def test_however_it_is_stored_a_scan_gives_the_same_input_and_a_label_its_own_vo
     found, turned_geometry = preprocess_image(turned, plan)
     # Oblique axes turned over have spacings equal to the last bit or so.
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    native = label_to_native(restore_label(scores, turned_geometry, plan), turned.grid)
-    first = nib.Nifti1Image(label_to_native(restore_label(scores, geometry, plan), base.grid), affine)
+    native = label_to_native(restore_label(scores.unbind(1), turned_geometry, plan), turned.grid)
+    first = nib.Nifti1Image(label_to_native(restore_label(scores.unbind(1), geometry, plan), base.grid), affine)
     same = first.as_reoriented(np.column_stack([permutation, flips]))
     np.testing.assert_array_equal(native, np.asarray(same.dataobj))
 
@@ -199,7 +201,7 @@ def test_real_scans_come_back(shared_data: Path) -> None:
     for dimensions, spacing in ((2, (None, 1.3, 1.3)), (3, (5.0, 1.3, 1.3))):
         plan = make_plan(dimensions=dimensions, spacing=spacing)
         _, geometry = preprocess_image(scan, plan)
-        back = restore_label(one_hot(preprocess_label(label, geometry, plan)), geometry, plan)
+        back = restore_label(one_hot(preprocess_label(label, geometry, plan)).unbind(1), geometry, plan)
         assert back.shape == grid.canonical_shape
         for value in (1, 2, 3):
             overlap = 2 * ((back == value) & (label == value)).sum() / ((back == value).sum() + (label == value).sum())
@@ -243,7 +245,7 @@ def test_cropped_to_the_labels_only_where_the_plan_says_so_and_a_label_is_there(
     # 3 voxels of 2 mm are 1.5 of 4 mm, rounded to 2; 4 of 2 mm are 8 of 1 mm; the scan ends behind the third box.
     assert geometry.crop == ((6, 12), (0, 20), (28, 40))
     assert image.shape[1:] == target_shape(geometry, plan)
-    back = restore_label(one_hot(preprocess_label(label, geometry, plan)), geometry, plan)
+    back = restore_label(one_hot(preprocess_label(label, geometry, plan)).unbind(1), geometry, plan)
     assert back.shape == label.shape
     assert (back == label).mean() > 0.99
     whole = ((0, 20), (0, 30), (0, 40))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -22,6 +22,15 @@ from utnetv2_fast.data.resample import (
 SIZES = st.tuples(*[st.integers(1, 9)] * 3)
 ISOTROPIC = (1.0, 1.0, 1.0)
 THICK = {0: (9.0, 1.0, 1.0), 1: (1.0, 9.0, 1.0), 2: (1.0, 1.0, 9.0)}
+
+
+def argmax(scores: torch.Tensor, shape: Sequence[int], *spacings: Sequence[float]) -> torch.Tensor:
+    """`resample_argmax` of (K, D, H, W): all its planes together."""
+    planes = list(resample_argmax(scores.unbind(1), scores.shape[1:], shape, *spacings))
+    assert len(planes) == shape[0]
+    return torch.stack(planes)
+
+
 QUICK = settings(max_examples=40, deadline=None)
 
 
@@ -113,6 +122,21 @@ def test_nearest_indices(size: int, new_size: int) -> None:
     np.testing.assert_allclose(distance[np.arange(new_size), indices], distance.min(1), atol=1e-9)
 
 
+def test_a_large_image_equals_scipys_zoom() -> None:
+    """Long axes, of which the spline's matrix is cut into slabs; scipy takes all axes at once, in float64."""
+    image = random_image((70, 45, 33), channels=1)
+    new = (91, 31, 40)
+    expected = ndimage.zoom(
+        image[0].astype(np.float64),
+        [n / o for n, o in zip(new, image.shape[1:], strict=True)],
+        order=3,
+        mode="nearest",
+        grid_mode=True,
+    )
+    result = resample_image(image, new, ISOTROPIC, ISOTROPIC)[0]
+    np.testing.assert_allclose(result, expected.clip(image.min(), image.max()), atol=3e-6)
+
+
 @QUICK
 @given(old=SIZES, new=SIZES, classes=st.integers(1, 5))
 def test_label_is_the_class_with_the_largest_share(old: tuple[int, ...], new: tuple[int, ...], classes: int) -> None:
@@ -148,7 +172,7 @@ def test_label_of_thick_slices_takes_no_value_from_its_neighbours(axis: int) -> 
 def test_argmax_of_scores(old: tuple[int, ...], new: tuple[int, ...], axis: int | None) -> None:
     scores = torch.randn(4, *old, dtype=torch.float64)
     spacing = ISOTROPIC if axis is None else THICK[axis]
-    result = resample_argmax(scores, new, spacing, ISOTROPIC)
+    result = argmax(scores, new, spacing, ISOTROPIC)
     values = []
     for score in scores.numpy():
         if axis is not None:
@@ -162,9 +186,50 @@ def test_argmax_of_scores(old: tuple[int, ...], new: tuple[int, ...], axis: int 
 def test_scores_stay_as_they_were() -> None:
     scores = torch.randn(3, 4, 5, 6)
     before = scores.clone()
-    result = resample_argmax(scores, (4, 5, 6), ISOTROPIC, ISOTROPIC)
+    result = argmax(scores, (4, 5, 6), ISOTROPIC, ISOTROPIC)
     assert torch.equal(scores, before)
     assert torch.equal(result, scores.argmax(0).to(torch.uint8))
+
+
+@QUICK
+@given(old=SIZES, new=SIZES, axis=st.sampled_from([None, 0, 1, 2]))
+def test_argmax_of_scores_is_torchs_trilinear_one(old: tuple[int, ...], new: tuple[int, ...], axis: int | None) -> None:
+    """Voxel by voxel, but where two classes are equal to rounding."""
+    scores = torch.randn(5, *old)
+    spacing = ISOTROPIC if axis is None else THICK[axis]
+    nearest = scores
+    if axis is not None:
+        nearest = scores.index_select(1 + axis, torch.from_numpy(nearest_indices(old[axis], new[axis])))
+    values = torch.nn.functional.interpolate(nearest[None], size=new, mode="trilinear", align_corners=False)[0]
+    first, second = values.topk(2, 0).values
+    sure = first - second > 1e-5
+    assert torch.equal(argmax(scores, new, spacing, ISOTROPIC)[sure], values.argmax(0).to(torch.uint8)[sure])
+
+
+def test_equal_scores_go_to_the_later_class() -> None:
+    scores = torch.zeros(4, 3, 3, 3)
+    scores[3] = -1
+    assert (argmax(scores, (5, 5, 5), ISOTROPIC, ISOTROPIC) == 2).all()
+
+
+@pytest.mark.parametrize("new", [2, 7, 40])
+def test_a_plane_is_taken_when_it_is_needed_and_may_then_be_overwritten(new: int) -> None:
+    scores = torch.randn(3, 11, 4, 5)
+    shared = torch.empty(3, 4, 5)
+    taken = 0
+
+    def planes() -> Iterator[torch.Tensor]:
+        nonlocal taken
+        for plane in scores.unbind(1):
+            taken += 1
+            yield shared.copy_(plane)
+            shared.fill_(float("nan"))
+
+    result = []
+    for index, plane in enumerate(resample_argmax(planes(), (11, 4, 5), (new, 4, 5), ISOTROPIC, ISOTROPIC)):
+        result.append(plane.clone())
+        assert taken <= 2 + centres(11, new)[index].clip(0)
+    assert torch.equal(torch.stack(result), argmax(scores, (new, 4, 5), ISOTROPIC, ISOTROPIC))
 
 
 def test_same_shape_changes_nothing() -> None:

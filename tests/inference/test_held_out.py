@@ -78,7 +78,7 @@ def test_on_the_resampled_grid_both_label_maps_are_the_networks_own(
     image, geometry = preprocess_image(read_scan(case.images), predictor.plan)
     back = np.argsort(axes)
     prediction, grid = read_label(prediction_file)
-    expected = predictor.probabilities(image).argmax(0).numpy().transpose(back)
+    expected = torch.stack([p.argmax(0) for p in predictor.probabilities(image)]).numpy().transpose(back)
     np.testing.assert_array_equal(prediction, expected)
     reference, reference_grid = read_label(reference_file)
     label, _ = read_label(case.label)

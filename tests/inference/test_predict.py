@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def threshold_by_hand(image: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 def predictor(model: nn.Module, plan: Plan, patch: int = 16, **options: object) -> Predictor:
     return Predictor([model.eval()], plan, (patch,) * plan.dimensions, CPU, **options)  # type: ignore[arg-type]
+
+
+def all_planes(segment: Predictor, image: NDArray[np.float32]) -> Tensor:
+    """(K, D, H, W)"""
+    return torch.stack([plane.clone() for plane in segment.probabilities(image)], 1)
 
 
 def random_network(dimensions: int, channels: int = 1, seed: int = 0) -> UTNetV2:
@@ -136,7 +142,7 @@ def test_every_way_to_store_a_scan_gives_the_same_segmentation_in_its_own_grid(d
             copy = orientations.apply_orientation(image, stored)
             copy_affine = affine @ orientations.inv_ornt_aff(stored, image.shape)
             case = write_scan(tmp_path / "scans" / "copy.nii.gz", copy, copy_affine)
-            [file] = predict_files(segment, list_scans([case], 1), tmp_path / "out", overwrite=True)
+            [file], _ = predict_files(segment, list_scans([case], 1), tmp_path / "out", overwrite=True)
             predicted = nib.load(file)
             assert predicted.get_data_dtype() == np.uint8
             np.testing.assert_allclose(predicted.affine, copy_affine, atol=1e-5)
@@ -176,8 +182,8 @@ def test_several_networks_average_their_probabilities(dimensions: int) -> None:
     image = torch.randn(1, 9, 20, 18).numpy()
     networks = [random_network(dimensions, seed=seed) for seed in range(3)]
     plan = make_plan(dimensions)
-    singles = [predictor(network, plan).probabilities(image) for network in networks]
-    together = replace(predictor(networks[0], plan), models=networks).probabilities(image)
+    singles = [all_planes(predictor(network, plan), image) for network in networks]
+    together = all_planes(replace(predictor(networks[0], plan), models=networks), image)
     assert together.shape == (3, 9, 20, 18)
     torch.testing.assert_close(together, sum(singles) / 3, atol=1e-6, rtol=0)
     torch.testing.assert_close(together.sum(0), torch.ones(9, 20, 18), atol=1e-5, rtol=0)
@@ -186,8 +192,8 @@ def test_several_networks_average_their_probabilities(dimensions: int) -> None:
 def test_half_precision_is_near_float32() -> None:
     image = torch.randn(1, 32, 32, 32).numpy()
     network = random_network(3)
-    exact = predictor(network, make_plan(3), 32).probabilities(image)
-    half = predictor(network, make_plan(3), 32, autocast=torch.bfloat16).probabilities(image)
+    exact = all_planes(predictor(network, make_plan(3), 32), image)
+    half = all_planes(predictor(network, make_plan(3), 32, autocast=torch.bfloat16), image)
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)
     # Not voxel by voxel: an untrained network amplifies rounding.
@@ -200,7 +206,7 @@ def test_scans_are_segmented_alike_on_every_device(dimensions: int, device: torc
     on_cpu = predictor(Threshold(), make_plan(dimensions))
     on_device = replace(on_cpu, models=[Threshold().eval().to(device)], device=device)
     image, _ = preprocess_image(scan, on_cpu.plan)
-    assert on_device.probabilities(image).device.type == device.type
+    assert next(on_device.probabilities(image)).device.type == device.type
     np.testing.assert_array_equal(on_device(scan), on_cpu(scan))
 
 
@@ -242,11 +248,12 @@ def test_inputs_are_never_replaced_and_results_only_on_demand(tmp_path: Path) ->
         predict_files(segment, list_scans([scans], 1), scans / "a.nii.gz")
 
     first = predict_files(segment, list_scans([scans / "b.nii.gz"], 1), tmp_path / "out")
-    assert first == [tmp_path / "out" / "b.nii.gz"]
+    assert first == ([tmp_path / "out" / "b.nii.gz"], [])
     with pytest.raises(InputError, match=r"out/b\.nii\.gz: exists already"):
         predict_files(segment, list_scans([scans], 1), tmp_path / "out")
     assert not (tmp_path / "out" / "a.nii.gz").exists(), "refused before anything is written"
-    assert len(predict_files(segment, list_scans([scans], 1), tmp_path / "out", overwrite=True)) == 2
+    written, kept = predict_files(segment, list_scans([scans], 1), tmp_path / "out", overwrite=True)
+    assert (len(written), len(kept)) == (2, 0)
 
 
 def test_two_channels_are_two_files_or_one_with_two_volumes(tmp_path: Path) -> None:
@@ -256,7 +263,7 @@ def test_two_channels_are_two_files_or_one_with_two_volumes(tmp_path: Path) -> N
     write_scan(tmp_path / "volumes" / "case.nii.gz", np.stack(images, -1), affine_of((1, 1, 1)))
     segment = predictor(random_network(3, channels=2), make_plan(3, channels=2))
     labels = [
-        read_label(predict_files(segment, list_scans([tmp_path / name], 2), tmp_path / "out" / name)[0])[0]
+        read_label(predict_files(segment, list_scans([tmp_path / name], 2), tmp_path / "out" / name)[0][0])[0]
         for name in ("files", "volumes")
     ]
     np.testing.assert_array_equal(*labels)
@@ -264,6 +271,59 @@ def test_two_channels_are_two_files_or_one_with_two_volumes(tmp_path: Path) -> N
     write_scan(tmp_path / "one" / "case.nii.gz", images[0], affine_of((1, 1, 1)))
     with pytest.raises(InputError, match=r"^\S*one/case\.nii\.gz: 1 of 2 channels"):
         predict_files(segment, list_scans([tmp_path / "one"], 2), tmp_path / "out")
+
+
+def test_what_an_earlier_prediction_completed_is_kept(tmp_path: Path) -> None:
+    scans, out = scans_in(tmp_path / "scans", ["a.nii.gz", "b.nii.gz", "c.nii.gz"]), tmp_path / "out"
+    run = write_run(tmp_path / "run", random_network(3), make_plan(3))
+
+    def predict_again(*runs: Path, overwrite: bool = False, **options: object) -> tuple[list[str], list[str]]:
+        segment = Predictor.load(runs or [run], device="cpu", **options)  # type: ignore[arg-type]
+        written, kept = predict_files(segment, list_scans([scans], 1), out, overwrite=overwrite)
+        return [file.name[0] for file in written], [file.name[0] for file in kept]
+
+    assert predict_again() == (["a", "b", "c"], [])
+    first = (out / "a.nii.gz").read_bytes()
+    (out / "b.nii.gz").unlink()
+    assert predict_again() == (["b"], ["a", "c"])
+    assert predict_again(batch_size=2) == ([], ["a", "b", "c"]), "how many windows share a batch is no matter"
+    assert predict_again(overwrite=True) == (["a", "b", "c"], [])
+
+    for options in ({"mirror": True}, {"weighting": "uniform"}):
+        with pytest.raises(InputError, match=r"out/a\.nii\.gz: exists already"):
+            predict_again(**options)
+    other = write_run(tmp_path / "other", random_network(3, seed=1), make_plan(3))
+    with pytest.raises(InputError, match=r"out/a\.nii\.gz: exists already"):
+        predict_again(other)
+    shutil.copytree(run, tmp_path / "moved")
+    assert predict_again(tmp_path / "moved") == ([], ["a", "b", "c"]), "the same weights, wherever they lie"
+
+    write_scan(scans / "b.nii.gz", structured_image((12, 11, 6), 7), affine_of((1, 1, 1)))
+    with pytest.raises(InputError, match=r"out/b\.nii\.gz: exists already"):
+        predict_again()
+    (out / "b.nii.gz").write_bytes(first[:100])  # not one of ours, by its look
+    with pytest.raises(InputError, match=r"out/b\.nii\.gz: exists already"):
+        predict_again()
+    assert (out / "a.nii.gz").read_bytes() == first
+
+
+def test_a_label_map_appears_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scans, out = scans_in(tmp_path / "scans", ["a.nii.gz", "b.nii.gz"]), tmp_path / "out"
+    segment = replace(predictor(Threshold(), make_plan(3)), identity="x")
+    save = nib.save
+
+    def die_over_b(image: object, file: Path) -> None:
+        save(image, file)
+        if "b." in Path(file).name:
+            Path(file).write_bytes(Path(file).read_bytes()[:200])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nib, "save", die_over_b)
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(segment, list_scans([scans], 1), out)
+    assert [file.name for file in out.iterdir()] == ["a.nii.gz"]
+    monkeypatch.undo()
+    assert predict_files(segment, list_scans([scans], 1), out) == ([out / "b.nii.gz"], [out / "a.nii.gz"])
 
 
 def write_run(folder: Path, network: UTNetV2, plan: Plan) -> Path:
@@ -305,7 +365,7 @@ def test_predict_takes_files_and_arrays_and_answers_in_their_own_axes(dimensions
     np.testing.assert_array_equal(predict(run, np.asarray(loaded.dataobj), loaded.affine, device="cpu"), label)
     np.testing.assert_array_equal(predict([run], image[None], loaded.affine, device="cpu"), label)
     np.testing.assert_array_equal(predict([run, run], file, device="cpu"), label)
-    [written] = predict_files(Predictor.load([run], device="cpu"), list_scans([file], 1), tmp_path / "out")
+    [written], _ = predict_files(Predictor.load([run], device="cpu"), list_scans([file], 1), tmp_path / "out")
     np.testing.assert_array_equal(np.asarray(nib.load(written).dataobj), label)
 
 

@@ -22,6 +22,7 @@ from utnetv2_fast.errors import InputError, RunError, Stopped
 
 # What the user can put right without knowing the program: no room, no right, no such place.
 USERS_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+FULL_MEMORY = "The memory of this machine is full; close other programs, or use a machine with more of it."
 
 app = typer.Typer(
     name="utnetv2-fast",
@@ -68,9 +69,13 @@ def main() -> None:
             f"{error.filename}: a file stands where a folder is needed, or the other way round; name another path.", 2
         )
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            _fail(FULL_MEMORY, 1)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         _fail("The memory of the GPU is full; use a smaller --batch-size, or --device cpu.", 1)
+    except MemoryError:
+        _fail(FULL_MEMORY, 1)
     except OSError as error:
         if error.errno not in USERS_OS_ERRORS:
             raise
@@ -78,6 +83,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    # Names in files may hold anything, also what moves the cursor of a terminal.
+    message = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in message)
     if "--json" in sys.argv:
         print_json({"error": message, "exit_code": code})
     sys.stderr.write(f"error: {message}\n")

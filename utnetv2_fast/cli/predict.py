@@ -18,7 +18,9 @@ def predict(
     ],
     inputs: Annotated[
         list[Path],
-        typer.Option("--input", "-i", help="A folder of scans, or files CASE_0000.nii.gz.", show_default=False),
+        typer.Option(
+            "--input", "-i", help="A folder of scans, files CASE_0000.nii.gz, or a DICOM series.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write CASE.nii.gz to.", show_default=False)],
     weights: Annotated[
@@ -34,10 +36,12 @@ def predict(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Windows at once.", show_default="by their size")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace label maps that exist already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make label maps that exist already anew.")] = False,
     json: Json = False,
 ) -> None:
-    """Segment scans; each label map lies on its scan's own grid.
+    """Segment scans; each label map lies on its scan's own grid and appears when it is complete.
+
+    Those that are there already, made from the same scans by the same weights, are kept.
 
     Example: utnetv2-fast predict runs/acdc -i scans/ -o predictions/
     """
@@ -57,8 +61,11 @@ def predict(
         mirror=mirror,
     )
     cases = list_scans([*inputs, *scans], len(predictor.plan.channels))
-    files = predict_files(predictor, cases, out, track, overwrite=overwrite)
+    written, kept = predict_files(predictor, cases, out, track, overwrite=overwrite)
     if json:
-        print_json({"predictions": {case.name: file for case, file in zip(cases, files, strict=True)}})
-    else:
-        console.print(f"{out}: {len(files)} label maps.", markup=False, highlight=False, soft_wrap=True)
+        predictions = {file.name.removesuffix(".nii.gz"): file for file in sorted([*written, *kept])}
+        print_json({"predictions": predictions, "kept": [file.name.removesuffix(".nii.gz") for file in kept]})
+        return
+    remark = f", {len(kept)} of them there already (--overwrite makes them anew)" if kept else ""
+    message = f"{out}: {len(written) + len(kept)} label maps{remark}."
+    console.print(message, markup=False, highlight=False, soft_wrap=True)

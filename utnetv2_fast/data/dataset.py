@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
+from utnetv2_fast.data.dicom import is_series
 from utnetv2_fast.data.nifti import ENDINGS, file_stem
 from utnetv2_fast.errors import InputError
+from utnetv2_fast.files import lies_inside, read_bounded
+
+# Bytes of dataset.json and of cases.csv; a dataset of a hundred thousand cases needs a fifth of it.
+_LARGEST_TABLE = 2**26
+_LONGEST_NAME = 200  # of a case: file systems allow 255, and it gets endings
+_LONGEST_PATH = 2000
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan: a file per channel (or one 4D file for all), its label map when there is one, whose scan it is."""
+    """One scan: a file per channel (or one 4D file for all), its label map when there is one, whose scan it is.
+
+    A scan to predict may also be a folder, that of a DICOM series.
+    """
 
     name: str
     images: tuple[Path, ...]
@@ -38,14 +49,31 @@ class Dataset:
     cases: tuple[Case, ...]
 
 
+def _plain_text(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("has characters that cannot be printed")
+    return text
+
+
+def _usable_path(path: Path) -> Path:
+    _plain_text(str(path))
+    if len(str(path)) > _LONGEST_PATH or any(len(part.encode()) > 255 for part in path.parts):
+        raise ValueError("is longer than the name of a file can be")
+    return path
+
+
+_Text = Annotated[str, AfterValidator(_plain_text)]
+_File = Annotated[Path, AfterValidator(_usable_path)]
+
+
 class _MsdEntry(BaseModel):
-    image: Path
-    label: Path
+    image: _File
+    label: _File
 
 
 class _NnunetEntry(BaseModel):
-    images: list[Path]
-    label: Path
+    images: list[_File]
+    label: _File
 
 
 class _DatasetFile(BaseModel):
@@ -53,9 +81,9 @@ class _DatasetFile(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    name: str | None = None
-    channels: dict[int, str] = Field(validation_alias=AliasChoices("channel_names", "modality"), min_length=1)
-    labels: dict[str, Any]
+    name: _Text | None = None
+    channels: dict[int, _Text] = Field(validation_alias=AliasChoices("channel_names", "modality"), min_length=1)
+    labels: dict[_Text, Any]
     file_ending: str = ".nii.gz"
     dataset: dict[str, _NnunetEntry] | None = None
     training: list[_MsdEntry] | None = None
@@ -130,27 +158,37 @@ def list_scans(files_or_folders: Sequence[Path], channels: int) -> list[Case]:
     """The scans to predict among files and folders, sorted by name, without labels.
 
     Several channels: `CASE_0000.nii.gz`, `CASE_0001.nii.gz`, ..., or one 4D file per case. One channel: any NIfTI
-    file; `_0000` is left out of the case's name when every file ends so. Raises InputError for nothing found,
-    missing channels, and two scans of one name.
+    file; `_0000` is left out of the case's name when every file ends so; or a folder with a DICOM series, whose name
+    is the folder's. Raises InputError for nothing found, missing channels, and two scans of one name.
     """
-    files = []
+    files, series = [], []
     for path in map(Path, files_or_folders):
         if path.is_dir():
             found = _nifti_files(path)
-            if not found:
-                raise InputError(f"{path}: no .nii or .nii.gz file in it; give the folder that holds the scans.")
             files += found
+            if not found and not is_series(path):
+                raise InputError(f"{path}: no .nii, .nii.gz or DICOM file in it; give the folder that holds the scans.")
+            series += [] if found else [path]
         elif not path.is_file():
             raise InputError(f"{path}: no such file or folder; check the path.")
         elif not path.name.endswith(ENDINGS):
-            raise InputError(f"{path}: only .nii and .nii.gz are read; convert the scan to NIfTI first.")
+            raise InputError(
+                f"{path}: only .nii and .nii.gz files are read, and folders of DICOM series; convert the scan first."
+            )
         else:
             files.append(path)
-    if not files:
+    if not files and not series:
         raise InputError("No scan to read; give .nii or .nii.gz files or a folder that holds them.")
+    if series and channels > 1:
+        raise InputError(f"{series[0]}: a DICOM series is one of {channels} channels; convert them all to NIfTI.")
     groups, problems = _group_channels(files, channels)
     if problems:
         raise InputError(problems[0])
+    for folder in series:
+        name = folder.resolve().name
+        if name in groups:
+            raise InputError(f"{folder}: by its name the same scan as {groups[name][0]}; rename one of them.")
+        groups[name] = (folder,)
     return [Case(name, images, None, name) for name, images in sorted(groups.items())]
 
 
@@ -161,31 +199,38 @@ def _read_json(file: Path) -> _DatasetFile:
             "one with `utnetv2-fast convert`."
         )
     try:
-        return _DatasetFile.model_validate_json(file.read_bytes())
+        return _DatasetFile.model_validate_json(read_bounded(file, _LARGEST_TABLE))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "content"
-        raise InputError(f"{file}: {where}: {first['msg']}; correct it as nnU-Net's dataset.json has it.") from None
+        raise InputError(
+            f"{file}: {where[:100]}: {first['msg'][:200]}; correct it as nnU-Net's dataset.json has it."
+        ) from None
 
 
 def _labels(file: Path, labels: dict[str, Any]) -> dict[str, int]:
     """{name: value}, sorted by value, from nnU-Net's {name: value} or the Decathlon's {value: name}."""
-    if labels and all(key.isdecimal() for key in labels):
+    if labels and all(key.isdecimal() and len(key) <= 3 for key in labels):
         labels = {str(name): int(value) for value, name in labels.items()}
+    if unprintable := [name for name in labels if not name.isprintable()]:
+        raise InputError(f"{file}: the label {unprintable[0][:80]!r} cannot be printed; give it another name.")
     if "ignore" in labels:
         raise InputError(f'{file}: the "ignore" label is not supported; leave it out and relabel its voxels.')
     for name, value in labels.items():
         if isinstance(value, list):
-            raise InputError(f"{file}: label {name} is a region (a list of values), not supported; give it one value.")
+            raise InputError(
+                f"{file}: label {name[:80]} is a region (a list of values), not supported; give it one value."
+            )
         if type(value) is not int:  # a bool is one too
-            raise InputError(f"{file}: label {name} has the value {value!r}; give it an integer.")
+            raise InputError(f"{file}: label {name[:80]} has the value {str(value)[:80]!r}; give it an integer.")
     ordered = dict(sorted(labels.items(), key=lambda item: item[1]))
     if list(ordered.values()) != list(range(len(ordered))) or not 2 <= len(ordered) <= 256:
         raise InputError(
-            f"{file}: the label values are {list(ordered.values())}; use 0 (background), 1, 2, ... without gaps."
+            f"{file}: the label values are {str(list(ordered.values()))[:200]}; use 0 (background), 1, 2, ... without "
+            "gaps, at most 255."
         )
     if next(iter(ordered)).lower() != "background":
-        raise InputError(f'{file}: label 0 is called {next(iter(ordered))}; label 0 must be "background".')
+        raise InputError(f'{file}: label 0 is called {next(iter(ordered))[:80]}; label 0 must be "background".')
     return ordered
 
 
@@ -244,8 +289,8 @@ def _read_patients(file: Path, names: Collection[str]) -> tuple[dict[str, tuple[
     patients: dict[str, tuple[str, Mapping[str, str]]] = {}
     problems = []
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream, strict=True))
+        text = read_bounded(file, _LARGEST_TABLE).decode("utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not a table of comma-separated values in UTF-8 ({error}); save it as one.") from None
     for number, row in enumerate(rows, start=2):
@@ -264,15 +309,15 @@ def _read_patients(file: Path, names: Collection[str]) -> tuple[dict[str, tuple[
 
 def _path_problems(folder: Path, channels: int, name: str, images: tuple[Path, ...], label: Path) -> list[str]:
     # Case names become file names.
-    if not re.fullmatch(r"[^./\\][^/\\]*", name):
-        return [f"{folder / 'dataset.json'}: {name!r} cannot name a case; use letters, digits, - and _."]
+    if not re.fullmatch(r"[^./\\][^/\\]*", name) or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        return [f"{folder / 'dataset.json'}: {name[:80]!r} cannot name a case; use letters, digits, - and _."]
     problems = []
     if len(images) not in (1, channels):
         problems.append(f"{folder / 'dataset.json'}: case {name} lists {len(images)} images for {channels} channels.")
     for path, what in [*((image, "image") for image in images), (label, "label map")]:
         file = folder / path
-        if not file.resolve().is_relative_to(folder.resolve()):
-            problems.append(f"{file}: lies outside {folder} ({file.resolve()}); copy the file into the folder.")
+        if not lies_inside(folder, file):
+            problems.append(f"{file}: lies outside {folder}; copy the file into the folder.")
         elif not file.is_file():
             problems.append(f"{file}: no such file, but it is the {what} of case {name}; add it or leave the case out.")
     return problems

@@ -23,7 +23,7 @@ _SEED = 1234
 class IntensityStatistics(BaseModel):
     """Of one channel's foreground voxels, every case with equal weight, in the units of the scans."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     mean: float
     std: float
@@ -55,10 +55,15 @@ class Fingerprint(BaseModel):
 
 def nonzero_box(image: NDArray[np.generic]) -> tuple[slice, slice, slice]:
     """The smallest box around the voxels of (C, Z, Y, X) that are not zero in every channel; all of an empty scan."""
-    mask = (image != 0).any(axis=0)
-    if not mask.any():
-        return slice(0, mask.shape[0]), slice(0, mask.shape[1]), slice(0, mask.shape[2])
-    bounds = [np.flatnonzero(mask.any(axis=others))[[0, -1]] for others in ((1, 2), (0, 2), (0, 1))]
+    filled = [np.zeros(size, dtype=bool) for size in image.shape[1:]]
+    for index in range(image.shape[1]):  # plane by plane: a mask of a large CT is as large as its label map
+        mask = (image[:, index] != 0).any(axis=0)
+        filled[0][index] = mask.any()
+        filled[1] |= mask.any(axis=1)
+        filled[2] |= mask.any(axis=0)
+    if not filled[0].any():
+        return slice(0, image.shape[1]), slice(0, image.shape[2]), slice(0, image.shape[3])
+    bounds = [np.flatnonzero(axis)[[0, -1]] for axis in filled]
     z, y, x = (slice(int(first), int(last) + 1) for first, last in bounds)
     return z, y, x
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Extension
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
 from numpy.typing import NDArray
 
 from utnetv2_fast.errors import InputError
@@ -26,10 +30,14 @@ from utnetv2_fast.files import atomic_write
 ENDINGS = (".nii.gz", ".nii")
 
 # A header that claims more than this (as float32) is damaged, not large: 2048 x 2048 x 4096 voxels.
-_LARGEST_SCAN = 64 * 2**30
+LARGEST_SCAN = 64 * 2**30
 # No deflate stream expands further than 1032 : 1, so a smaller .gz cannot hold what its header promises.
 _LARGEST_GZIP_RATIO = 1032
 _LARGEST_HEADER = 540  # NIfTI-2; NIfTI-1 has 348 bytes
+_LARGEST_OFFSET = 2**26  # of the voxels, after the extensions, among which may be a DICOM header
+_LARGEST_SPACING = 100.0  # mm; a header in micrometres has more
+_BYTES_AT_ONCE = 2**24
+_COMMENT = 6  # the code of NIfTI's extension for plain text
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +107,7 @@ def read_scan(files: Sequence[Path], channels: int | None = None) -> Scan:
     Raises InputError for a file that is unreadable, truncated, not NIfTI, not real-valued, of another dimension or
     without usable geometry, for values that are NaN or infinite, and for channels on different grids.
     """
-    volumes, grids = zip(*(_read(file) for file in files), strict=True)
+    volumes, grids = zip(*(_read(file, np.float32) for file in files), strict=True)
     if len(files) == 1 and channels is not None and volumes[0].shape[0] == channels:
         image = volumes[0]
     else:
@@ -114,10 +122,8 @@ def read_scan(files: Sequence[Path], channels: int | None = None) -> Scan:
         image = volumes[0] if len(volumes) == 1 else np.concatenate(volumes)
     if channels is not None and len(image) != channels:
         raise InputError(f"{files[0]}: {len(image)} of {channels} channels are there; give one file per channel.")
-    with np.errstate(over="ignore"):
-        image = np.ascontiguousarray(image, dtype=np.float32)
     for file, channel in zip(files if len(files) == len(image) else itertools.repeat(files[0]), image, strict=False):
-        if bad := channel.size - np.count_nonzero(np.isfinite(channel)):
+        if bad := channel.size - sum(np.count_nonzero(np.isfinite(plane)) for plane in channel):
             raise InputError(
                 f"{file}: {bad} of {channel.size} voxels are NaN or infinite; replace them (for example with "
                 "numpy.nan_to_num) or leave the scan out."
@@ -130,13 +136,19 @@ def read_label(file: Path) -> tuple[NDArray[np.uint8], Grid]:
 
     Raises InputError as `read_scan` does, and for values that are not integers from 0 to 255.
     """
-    volume, grid = _read(file)
+    volume, grid = _read(file, np.uint8)
     _require_single_volume(file, volume)
-    with np.errstate(invalid="ignore"):
-        label = volume[0].astype(np.uint8)
-    if not np.array_equal(label, volume[0]):
-        raise InputError(f"{file}: a label map holds integers from 0 to 255, this one does not; export it again.")
-    return np.ascontiguousarray(label), grid
+    return volume[0], grid
+
+
+def read_remark(file: Path) -> str | None:
+    """The remark that `write_label` left in the header of a file; None when there is none, or no such NIfTI file."""
+    try:
+        with _opened(file) as (header, _):
+            texts = [extension.get_content() for extension in header.extensions if extension.get_code() == _COMMENT]
+    except InputError:
+        return None
+    return next((text for text in map(_decoded, texts) if text), None)
 
 
 def read_frames(file: Path) -> tuple[NDArray[np.generic], Grid]:
@@ -144,22 +156,35 @@ def read_frames(file: Path) -> tuple[NDArray[np.generic], Grid]:
 
     Raises InputError as `read_scan` does, but looks at no value.
     """
-    volumes, grid = _read(file)
-    canonical = orientations.axcodes2ornt("RAS")
-    back = orientations.ornt_transform(canonical, grid.orientation)
-    return np.asarray(orientations.apply_orientation(volumes.T, back)), grid
+    with _opened(file) as (header, stream):
+        grid = _checked_grid(file, header)
+        scaling = header.get_slope_inter()
+        volumes = [
+            np.concatenate(
+                [
+                    apply_read_scaling(chunk, *scaling)
+                    for _, chunk in _chunks(stream, grid.shape, header.get_data_dtype())
+                ],
+                axis=2,
+            )
+            for _ in range(prod(header.get_data_shape()[3:]))
+        ]
+        stream.read(1)
+    return np.stack(volumes, axis=-1), grid
 
 
 def label_to_native(label: NDArray[np.uint8], grid: Grid) -> NDArray[np.uint8]:
     """A canonical label map (Z, Y, X) as stored: (i, j, k) in the grid's own orientation."""
     if label.shape != grid.canonical_shape:
         raise ValueError(f"label of shape {label.shape} on a grid of canonical shape {grid.canonical_shape}")
-    canonical = orientations.axcodes2ornt("RAS")
-    return np.asarray(orientations.apply_orientation(label.T, orientations.ornt_transform(canonical, grid.orientation)))
+    return _to_stored(label.T, grid)
 
 
-def write_label(file: Path, label: NDArray[np.uint8], grid: Grid) -> None:
-    """Write a canonical label map (Z, Y, X) as uint8 on the scan's own grid, with the geometry of its header."""
+def write_label(file: Path, label: NDArray[np.uint8], grid: Grid, remark: str | None = None) -> None:
+    """Write a canonical label map (Z, Y, X) as uint8 on the scan's own grid, with the geometry of its header.
+
+    A `remark` becomes a comment in the header, in NIfTI's extension for text.
+    """
     native = label_to_native(label.astype(np.uint8, casting="safe", copy=False), grid)
     if grid.header is None:
         image = nib.Nifti1Image(native, grid.affine)
@@ -169,10 +194,13 @@ def write_label(file: Path, label: NDArray[np.uint8], grid: Grid) -> None:
         # The display window and the extensions (a DICOM header, say) describe the scan, not the label.
         header["cal_min"] = header["cal_max"] = 0
         header.extensions.clear()
+        header["vox_offset"] = 0  # right behind the header, wherever the scan had its voxels
         kind: type[nib.Nifti1Image] = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
         # A single slice stays as it was stored, (X, Y) or (X, Y, 1); of several volumes in a file one remains.
         shape = header.get_data_shape()
         image = kind(native.reshape(shape if prod(shape) == native.size else grid.shape), grid.affine, header)
+    if remark is not None:
+        image.header.extensions.append(Nifti1Extension(_COMMENT, remark.encode()))
     with atomic_write(file) as temporary:
         nib.save(image, temporary)
 
@@ -188,7 +216,7 @@ def scan_from_array(image: NDArray[np.generic], affine: NDArray[Any]) -> Scan:
     if image.dtype.kind not in "biuf":
         raise InputError(f"The image holds {image.dtype} values; give real numbers.")
     affine = affine.astype(np.float64)
-    if problem := _affine_problem(affine):
+    if problem := affine_problem(affine):
         raise InputError(f"The affine {problem}; give the (4, 4) matrix from voxel to world in mm.")
     channels = image if image.ndim == 4 else image[None]
     grid = Grid(channels.shape[1:], affine)
@@ -199,17 +227,89 @@ def scan_from_array(image: NDArray[np.generic], affine: NDArray[Any]) -> Scan:
     return Scan(values, grid)
 
 
-def _read(file: Path) -> tuple[NDArray[np.generic], Grid]:
-    """All volumes of a file, (T, Z, Y, X) in canonical orientation, in the type they are stored in or scaled to."""
+def blank(grid: Grid, volumes: int, dtype: type[np.float32] | type[np.uint8]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Memory for canonical volumes (T, Z, Y, X), and a view of it as it is stored: (T, i, j, k).
+
+    What is filled slice by slice through the view is in memory once.
+    """
+    canonical = np.empty((volumes, *grid.canonical_shape), dtype=dtype)
+    return canonical, np.moveaxis(_to_stored(canonical.T, grid), -1, 0)
+
+
+def affine_problem(affine: NDArray[np.float64]) -> str | None:
+    """What keeps a matrix from being the way from voxels to the world, or None."""
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        return "is no finite (4, 4) matrix"
+    # The volume of a voxel relative to that of a box with its edges: 1 without shear, 0 when two axes coincide.
+    edges = prod(voxel_sizes(affine))
+    return None if abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges else "is singular"
+
+
+def _read(file: Path, dtype: type[np.float32] | type[np.uint8]) -> tuple[NDArray[Any], Grid]:
+    """All volumes of a file, (T, Z, Y, X) in canonical orientation, and their grid.
+
+    InputError when one of its values is no uint8 where that is asked for.
+    """
+    with _opened(file) as (header, stream):
+        grid = _checked_grid(file, header)
+        canonical, stored = blank(grid, prod(header.get_data_shape()[3:]), dtype)
+        slope, intercept = header.get_slope_inter()
+        for volume in stored:
+            for first, chunk in _chunks(stream, grid.shape, header.get_data_dtype()):
+                values = apply_read_scaling(chunk, slope, intercept)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    converted = values.astype(dtype, copy=False)
+                if dtype is np.uint8 and not np.array_equal(converted, values):
+                    raise InputError(
+                        f"{file}: a label map holds integers from 0 to 255, this one does not; export it again."
+                    )
+                volume[:, :, first : first + chunk.shape[2]] = converted
+        # To its end, past the last voxel, because only there gzip compares its checksum.
+        stream.read(1)
+    return canonical, grid
+
+
+def _checked_grid(file: Path, header: nib.Nifti1Header) -> Grid:
+    """Where the voxels of a file lie; InputError when that cannot be."""
+    i, j, k = (*header.get_data_shape(), 1)[:3]
+    grid = Grid((i, j, k), header.get_best_affine().astype(np.float64), header)
+    if problem := affine_problem(grid.affine):
+        raise InputError(f"{file}: its affine {problem}; repair the geometry in its header.")
+    if max(grid.spacing) > _LARGEST_SPACING:
+        raise InputError(f"{file}: its spacing is {_text(grid.spacing[::-1])} mm; write the true one into it, in mm.")
+    return grid
+
+
+def _chunks(
+    stream: BinaryIO, shape: tuple[int, int, int], dtype: np.dtype[Any]
+) -> Iterator[tuple[int, NDArray[np.generic]]]:
+    """The index of its first slice and some slices (i, j, n) at a time, of one volume of `shape` (i, j, k)."""
+    i, j, k = shape
+    slices = max(1, _BYTES_AT_ONCE // (i * j * dtype.itemsize))
+    for first in range(0, k, slices):
+        count = i * j * min(slices, k - first)
+        content = stream.read(count * dtype.itemsize)
+        if len(content) < count * dtype.itemsize:
+            raise EOFError(f"the voxels end in slice {first + len(content) // (i * j * dtype.itemsize)} of {k}")
+        yield first, np.frombuffer(content, dtype).reshape((i, j, -1), order="F")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[nib.Nifti1Header, BinaryIO]]:
+    """The header of a file, proved sane, and its bytes from the first voxel on; what goes wrong becomes InputError."""
     if not file.name.endswith(ENDINGS):
         raise InputError(f"{file}: only .nii and .nii.gz are read; convert the scan to NIfTI first.")
     try:
-        image = _load(file)
-        i, j, k, *_ = *image.shape, 1
-        grid = Grid((i, j, k), image.affine.astype(np.float64), image.header)
-        if problem := _affine_problem(grid.affine):
-            raise InputError(f"{file}: its affine {problem}; repair the geometry in its header.")
-        return _to_canonical(np.asanyarray(image.dataobj).reshape(i, j, k, -1), grid), grid
+        with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as stream:
+            start = stream.read(_LARGEST_HEADER)
+            kinds = (nib.Nifti1Header, nib.Nifti2Header)
+            kind = next((kind for kind in kinds if kind.may_contain_header(start)), None)
+            if kind is None:
+                raise InputError(f"{file}: not a NIfTI file; convert the scan to NIfTI first.")
+            # Unchecked at first: nibabel would mend what is to be refused.
+            offset = _checked_offset(file, kind(start[: kind.sizeof_hdr], check=False))
+            stream.seek(0)
+            yield kind.from_fileobj(io.BytesIO(stream.read(offset))), cast(BinaryIO, stream)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; check the path.") from None
     except (EOFError, zlib.error) as error:
@@ -219,25 +319,8 @@ def _read(file: Path) -> tuple[NDArray[np.generic], Grid]:
         raise InputError(f"{file}: not a readable NIfTI file ({reason}); copy or export it again.") from error
 
 
-def _load(file: Path) -> nib.Nifti1Image:
-    """The image with all its bytes in memory; nothing is read until the header has proved sane."""
-    # The stream is read to its end, past what nibabel asks for, because only there gzip compares its checksum.
-    with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as stream:
-        start = stream.read(_LARGEST_HEADER)
-        kind = next((k for k in (nib.Nifti1Image, nib.Nifti2Image) if k.header_class.may_contain_header(start)), None)
-        if kind is None:
-            raise InputError(f"{file}: not a NIfTI file; convert the scan to NIfTI first.")
-        header = kind.header_class(start[: kind.header_class.sizeof_hdr], check=False)
-        size = _checked_size(file, header)
-        content = start + stream.read(size - len(start))
-        stream.read(1)
-    if len(content) < size:
-        raise EOFError(f"{len(content)} of {size} bytes are there")
-    return kind.from_bytes(content)
-
-
-def _checked_size(file: Path, header: nib.Nifti1Header) -> int:
-    """The bytes that the header promises; InputError when it promises what cannot be."""
+def _checked_offset(file: Path, header: nib.Nifti1Header) -> int:
+    """Where the voxels begin, in bytes; InputError when the header promises what cannot be."""
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if len(shape) < 2 or min(shape) < 1:
         raise InputError(f"{file}: its header claims the shape {_text(shape)}; copy or export it again.")
@@ -249,28 +332,34 @@ def _checked_size(file: Path, header: nib.Nifti1Header) -> int:
     spacing = header["pixdim"][1 : 1 + min(len(shape), 3)]
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
         raise InputError(f"{file}: its header gives the spacing {_text(spacing)} mm; write the true one into it.")
-    if prod(shape) * 4 > _LARGEST_SCAN:
+    if prod(shape) * 4 > LARGEST_SCAN:
         raise InputError(
             f"{file}: its header claims the shape {_text(shape)}, too large for a scan; copy or export it again."
         )
-    size: int = header.get_data_offset() + prod(shape) * dtype.itemsize
+    offset = int(header.get_data_offset())
+    if not header.sizeof_hdr <= offset <= _LARGEST_OFFSET:
+        raise HeaderDataError(f"its voxels would begin at byte {offset}")
+    size = offset + prod(shape) * dtype.itemsize
     stored = file.stat().st_size
     if size > stored * (_LARGEST_GZIP_RATIO if file.name.endswith(".gz") else 1):
         raise EOFError(f"its header promises {size} bytes of content, the file has {stored}")
-    return size
-
-
-def _affine_problem(affine: NDArray[np.float64]) -> str | None:
-    if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        return "is no finite (4, 4) matrix"
-    # The volume of a voxel relative to that of a box with its edges: 1 without shear, 0 when two axes coincide.
-    edges = prod(voxel_sizes(affine))
-    return None if abs(np.linalg.det(affine[:3, :3])) > 1e-3 * edges else "is singular"
+    return offset
 
 
 def _require_single_volume(file: Path, volumes: NDArray[np.generic]) -> None:
     if len(volumes) != 1:
         raise InputError(f"{file}: holds {len(volumes)} volumes instead of one; split it into one file per channel.")
+
+
+def _to_stored(volumes: NDArray[Any], grid: Grid) -> NDArray[Any]:
+    """(X, Y, Z[, T]) in canonical orientation -> a view (i, j, k[, T]) in that of the file."""
+    transform = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), grid.orientation)
+    return np.asarray(orientations.apply_orientation(volumes, transform))
+
+
+def _decoded(content: bytes | str) -> str:
+    """An extension's text without the zeros that fill it up; empty when it is none."""
+    return content if isinstance(content, str) else content.rstrip(b"\0").decode(errors="replace")
 
 
 def _to_canonical(volumes: NDArray[np.generic], grid: Grid) -> NDArray[np.generic]:

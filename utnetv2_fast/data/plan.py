@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from typing import Literal
 
 import numpy as np
@@ -105,6 +105,21 @@ class Plan(BaseModel):
     @property
     def num_classes(self) -> int:
         return len(self.labels)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Plan:
+        """Plans come from files too: nothing that follows one asks again."""
+        if sorted(self.axes) != [0, 1, 2]:
+            raise ValueError(f"axes must be a permutation of 0, 1 and 2, got {self.axes}")
+        if sorted(self.labels.values()) != list(range(len(self.labels))) or not 2 <= len(self.labels) <= 256:
+            raise ValueError("labels must have the values 0 (background), 1, 2, ... without gaps, at most 255")
+        if not len(self.channels) == len(self.normalisation) == len(self.intensities) > 0:
+            raise ValueError("channels, normalisation and intensities must be equally many, at least one")
+        if (self.spacing[0] is None) != (self.dimensions == 2):
+            raise ValueError("the first spacing is null in 2D, and only there")
+        if not all(mm is None or 0 < mm < inf for mm in self.spacing) or min(self.median_shape) < 1:
+            raise ValueError("spacing and median_shape must be positive")
+        return self
 
 
 class PatchPlan(BaseModel):

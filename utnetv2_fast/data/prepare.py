@@ -21,13 +21,14 @@ from utnetv2_fast.data.plan import Dimensions, Plan, Preparation, make_plan
 from utnetv2_fast.data.preprocess import preprocess_image, preprocess_label
 from utnetv2_fast.data.threads import map_in_threads
 from utnetv2_fast.errors import InputError
-from utnetv2_fast.files import atomic_write, write_text_atomically
+from utnetv2_fast.files import atomic_write, lies_inside, read_bounded, write_text_atomically
 from utnetv2_fast.progress import Track, silent
 
 Model = TypeVar("Model", bound=BaseModel)
 
 # Raise it when preprocessing computes other numbers than before: what was stored earlier is then made anew.
-_FORMAT = 1
+_FORMAT = 2
+_LARGEST_RECORD = 2**26  # bytes of a JSON file
 _FOREGROUND_PER_CLASS = 10_000
 _SEED = 1234
 _BY_RULE = Preparation()
@@ -70,15 +71,22 @@ class Prepared:
         """Raises InputError when `folder` is not prepared, or not to the end."""
         folder = Path(folder)
         try:
-            plan = Plan.model_validate_json((folder / "plan.json").read_bytes())
-            records = [_Record.model_validate_json(file.read_bytes()) for file in (folder / "cases").glob("*.json")]
+            plan = Plan.model_validate_json(read_bounded(folder / "plan.json", _LARGEST_RECORD))
+            records = [
+                _Record.model_validate_json(read_bounded(file, _LARGEST_RECORD))
+                for file in (folder / "cases").glob("*.json")
+            ]
         except FileNotFoundError:
             raise InputError(f"{folder}: not a completely prepared folder; run `utnetv2-fast prepare` first.") from None
         except ValidationError as error:
             raise InputError(
                 f"{folder}: holds another version's or a damaged {error.title}; prepare it anew."
             ) from None
-        cases = (_prepared_case(folder, record.name, record.patient, record.metadata) for record in records)
+        cases = [_prepared_case(folder, record.name, record.patient, record.metadata) for record in records]
+        for case in cases:
+            for file in (case.image_file, case.label_file, case.foreground_file):
+                if not lies_inside(folder, file):
+                    raise InputError(f"{file}: lies outside {folder}; prepare it anew.")
         return cls(folder, plan, tuple(sorted(cases, key=lambda case: case.name)))
 
 
@@ -204,7 +212,7 @@ def _digest(content: Any) -> str:
 def _stored(kind: type[Model], file: Path) -> Model | None:
     """The model in `file`, or None when there is none that this version can read."""
     try:
-        return kind.model_validate_json(file.read_bytes())
+        return kind.model_validate_json(read_bounded(file, _LARGEST_RECORD))
     except (FileNotFoundError, ValidationError):
         return None
 

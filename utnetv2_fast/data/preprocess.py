@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
+from math import prod
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch import Tensor
 
 from utnetv2_fast.data.fingerprint import IntensityStatistics, nonzero_box
 from utnetv2_fast.data.nifti import Scan
 from utnetv2_fast.data.plan import Normalisation, Plan
 from utnetv2_fast.data.resample import resample_argmax, resample_image, resample_label, resample_nearest
+from utnetv2_fast.errors import InputError
 
 Spacing = tuple[float, float, float]
 Shape = tuple[int, int, int]
+
+# On the network's grid no scan is larger than 2048 x 2048 x 4096 voxels, or a thousand times as large as it is; else
+# its spacing or the plan's is wrong. Of a small one, a few voxels inside the crop, four million are no harm.
+_MOST_VOXELS = 2**34
+_MOST_GROWTH = 1000
+_HARMLESS = 2**12
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,8 @@ def preprocess_image(
     """Permute, crop, normalise, resample, in nnU-Net's order: -> (C, D, H, W) float32, geometry.
 
     Cropped is to the non-zero box, unless the plan says otherwise. Only a plan that crops by the label looks at `label`
-    (Z, Y, X), and without one leaves the scan whole. Raises ValueError when the scan has not the plan's channels.
+    (Z, Y, X), and without one leaves the scan whole. Raises ValueError when the scan has not the plan's channels, and
+    InputError when it would be absurdly large.
     """
     if len(scan.image) != len(plan.channels):
         raise ValueError(f"a scan of {len(scan.image)} channels for a plan of {len(plan.channels)}")
@@ -74,8 +85,14 @@ def preprocess_image(
         crop=((d.start, d.stop), (h.start, h.stop), (w.start, w.stop)),
         cropped_spacing=(depth, height, width),
     )
+    shape = target_shape(geometry, plan)
+    if prod(shape) > min(_MOST_VOXELS, _MOST_GROWTH * max(prod(geometry.cropped_shape), _HARMLESS)):
+        raise InputError(
+            f"A scan of {z} x {y} x {x} voxels would have {' x '.join(map(str, shape))} at the plan's spacing; correct "
+            "the spacing of the scan, or that of the plan."
+        )
     image = _normalise(image[:, d, h, w], plan.normalisation, plan.intensities)
-    shape, spacing = target_shape(geometry, plan), target_spacing(geometry, plan)
+    spacing = target_spacing(geometry, plan)
     return resample_image(image, shape, geometry.cropped_spacing, spacing, _separate(plan)), geometry
 
 
@@ -87,17 +104,22 @@ def preprocess_label(label: NDArray[np.uint8], geometry: Geometry, plan: Plan) -
     return resample_label(cropped, shape, geometry.cropped_spacing, target_spacing(geometry, plan))
 
 
-def restore_label(probabilities: torch.Tensor, geometry: Geometry, plan: Plan) -> NDArray[np.uint8]:
-    """Scores (K, D, H, W) on the plan's grid -> the label map (Z, Y, X) uint8 on the scan's canonical grid.
+def restore_label(planes: Iterable[Tensor], geometry: Geometry, plan: Plan) -> NDArray[np.uint8]:
+    """Scores on the plan's grid, D planes (K, H, W) -> the label map (Z, Y, X) uint8 on the scan's canonical grid.
 
-    The scores, not their argmax, are resampled (linearly, nearest across thick slices); outside the crop lies
-    background. Computed on the device of `probabilities`.
+    The scores, not their argmax, are resampled (linearly, nearest across thick slices), plane by plane on their
+    device, and each plane is looked at only until the next one is asked for. Outside the crop lies background.
     """
-    cropped = resample_argmax(
-        probabilities, geometry.cropped_shape, target_spacing(geometry, plan), geometry.cropped_spacing
+    winners = resample_argmax(
+        planes,
+        target_shape(geometry, plan),
+        geometry.cropped_shape,
+        target_spacing(geometry, plan),
+        geometry.cropped_spacing,
     )
     label = np.zeros(geometry.scan_shape, dtype=np.uint8)
-    label.transpose(plan.axes)[geometry.box] = cropped.cpu().numpy()
+    for out, winner in zip(label.transpose(plan.axes)[geometry.box], winners, strict=True):
+        out[...] = winner.cpu().numpy()
     return label
 
 
@@ -127,6 +149,7 @@ def _normalise(
     """Per channel: CT by the dataset's clip, mean and deviation; else to zero mean and unit deviation of the scan.
 
     "percentile_98" instead clips to [0, p98] and divides by p98, the scan's 98th percentile (the authors' code, MR).
+    Plane by plane, so that no more than the image and the result are in memory.
     """
     result = np.empty_like(image, order="C")
     inside = None
@@ -134,19 +157,34 @@ def _normalise(
         inside = ndimage.binary_fill_holes((image != 0).any(axis=0))
     for channel, out, scheme, known in zip(image, result, schemes, statistics, strict=True):
         if scheme == "ct":
-            out[...] = (channel.clip(known.percentile_00_5, known.percentile_99_5) - known.mean) / max(known.std, 1e-8)
-        elif scheme == "zscore":
-            out[...] = _standardised(channel)
-        elif scheme == "percentile_98":
+            for plane, target in zip(channel, out, strict=True):
+                clipped = plane.clip(known.percentile_00_5, known.percentile_99_5)
+                target[...] = (clipped - known.mean) / max(known.std, 1e-8)
+            continue
+        if scheme == "percentile_98":
             highest = max(float(np.percentile(channel, 98)), 1e-8) if channel.size else 1.0
-            out[...] = channel.clip(0, highest) / np.float32(highest)
-        else:
-            out[...] = 0
-            out[inside] = _standardised(channel[inside])
+            for plane, target in zip(channel, out, strict=True):
+                target[...] = plane.clip(0, highest) / np.float32(highest)
+            continue
+        mask = inside if scheme == "zscore_nonzero" else None
+        mean, std = _mean_and_std(channel, mask)
+        for plane, target, part in zip(channel, out, repeat(True) if mask is None else mask, strict=False):
+            target[...] = np.where(part, (plane - np.float32(mean)) / np.float32(max(std, 1e-8)), np.float32(0))
     return result
 
 
-def _standardised(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    # float64 sums: float32 loses digits over the 1e8 voxels of a large scan.
-    mean, std = (values.mean(dtype=np.float64), values.std(dtype=np.float64)) if values.size else (0.0, 1.0)
-    return ((values - np.float32(mean)) / np.float32(max(std, 1e-8))).astype(np.float32)
+def _mean_and_std(volume: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> tuple[float, float]:
+    """Of (D, H, W), where `mask` is true; (0, 1) where it is nowhere.
+
+    In float64: float32 loses digits over the 1e8 voxels of a large scan.
+    """
+
+    def planes() -> Iterator[NDArray[np.float64]]:
+        for index, plane in enumerate(volume):
+            yield (plane if mask is None else plane[mask[index]]).astype(np.float64)
+
+    count = volume.size if mask is None else int(np.count_nonzero(mask))
+    if not count:
+        return 0.0, 1.0
+    mean = sum(float(plane.sum()) for plane in planes()) / count
+    return mean, (sum(float(np.square(plane - mean).sum()) for plane in planes()) / count) ** 0.5

@@ -53,7 +53,7 @@ def _predict_knowing_label(predictor: Predictor, case: Case, file: Path, grid: S
     if grid == "native":
         write_label(file, restore_label(probabilities, geometry, plan), scan.grid)
         return
-    predicted = probabilities.argmax(0).cpu().numpy().astype(np.uint8)
+    predicted = np.stack([plane.argmax(0).cpu().numpy() for plane in probabilities]).astype(np.uint8)
     for target, label in (
         (file, predicted),
         (file.parent / "references" / file.name, preprocess_label(reference, geometry, plan)),

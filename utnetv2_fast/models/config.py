@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 LEVELS = 5  # resolutions of the U: full size, then four down-samplings
+MOST_MAP_TOKENS = 4096  # the semantic map is tiny: the paper's largest has 64
+
+Blocks = Annotated[int, Field(gt=0, le=64)]
 
 
 class UTNetV2Config(BaseModel):
@@ -24,16 +27,14 @@ class UTNetV2Config(BaseModel):
     channels: tuple[PositiveInt, ...] = Field(description="of levels 0 to 4")
     scales: tuple[tuple[Literal[1, 2], ...], ...] = Field(description="of the four down-samplings, per axis")
     kernel_sizes: tuple[tuple[PositiveInt, ...], ...] = Field(description="of levels 0 to 4, per axis, odd")
-    blocks: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
-        description="N1, N2, N3: B-MHA blocks of levels 2, 3, 4"
-    )
+    blocks: tuple[Blocks, Blocks, Blocks] = Field(description="N1, N2, N3: B-MHA blocks of levels 2, 3, 4")
     heads: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="attention heads of levels 2, 3, 4")
     map_size: tuple[PositiveInt, ...] = Field(description="size of the semantic map; its product is l")
     expansion: PositiveInt = Field(description="widening of the MBConv feed-forward network")
     norm: Literal["batch", "instance"]
     fusion_channels: PositiveInt
     fusion_heads: PositiveInt
-    fusion_blocks: PositiveInt = 2
+    fusion_blocks: Blocks = 2
     reduce_skip: bool = Field(description="normalise and reduce each skip concatenation (the 2D networks do)")
     deep_supervision: bool = True
     impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
@@ -58,8 +59,11 @@ class UTNetV2Config(BaseModel):
             raise ValueError(f"kernel_sizes must be odd, got {self.kernel_sizes}")
         if len(self.channels) != LEVELS:
             raise ValueError(f"channels must be {LEVELS} numbers, got {self.channels}")
-        if len(self.map_size) != self.dimensions:
-            raise ValueError(f"map_size must be {self.dimensions} numbers, got {self.map_size}")
+        if len(self.map_size) != self.dimensions or self.map_tokens > MOST_MAP_TOKENS:
+            raise ValueError(
+                f"map_size must be {self.dimensions} numbers whose product is at most {MOST_MAP_TOKENS}, got "
+                f"{self.map_size}"
+            )
         for channels, heads in zip(self.channels[2:], self.heads, strict=True):
             if channels % heads:
                 raise ValueError(f"channels {self.channels[2:]} of levels 2 to 4 must divide by heads {self.heads}")

@@ -12,9 +12,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from utnetv2_fast import plain_yaml
 from utnetv2_fast.data.plan import Preparation
 from utnetv2_fast.data.splits import SplitRules
 from utnetv2_fast.errors import InputError
+from utnetv2_fast.files import read_bounded
 from utnetv2_fast.models import PRESETS, get_preset
 from utnetv2_fast.training.config import EvaluationConfig, TrainingConfig
 
@@ -22,6 +24,7 @@ Protocol = Literal["clean", "paper"]
 Leak = Literal["best-epoch", "label-crop", "resampled-grid"]
 
 _FOLDER = Path(__file__).parents[1] / "recipes"
+_LARGEST_FILE = 2**20  # bytes
 
 # What belongs to one dataset, and is not taken over when only the network of a recipe is used.
 _OF_THE_DATASET = {"spacing": None, "window": None, "label_context": None}
@@ -129,7 +132,7 @@ def _recipe_file(name_or_file: str) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = plain_yaml.load(read_bounded(file, _LARGEST_FILE).decode("utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise InputError(f"{file}: no such recipe file; check the path.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

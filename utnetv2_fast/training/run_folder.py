@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from utnetv2_fast import plain_yaml
 from utnetv2_fast.data.plan import Plan, Preparation
 from utnetv2_fast.errors import InputError
-from utnetv2_fast.files import atomic_write, write_text_atomically
+from utnetv2_fast.files import atomic_write, lies_inside, read_bounded, write_text_atomically
 from utnetv2_fast.models import UTNetV2, UTNetV2Config
 from utnetv2_fast.training.config import EvaluationConfig, TrainingConfig
 
@@ -26,8 +29,17 @@ T = TypeVar("T")
 
 Weights = Literal["last", "best"]
 
-# What zipfile and torch raise for a file that is no archive, or holds something else than a state.
-_DAMAGE = (BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError)
+# What zipfile and torch raise for a file that is no archive, or holds something else than a state; and PyYAML for tags
+# that do not fit their values.
+_DAMAGE = (
+    *(BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError),
+    *(NotImplementedError, OverflowError, MemoryError, RecursionError),
+)
+
+_LARGEST_CONFIG = 2**22  # bytes: what names a hundred thousand cases, and takes PyYAML a minute
+_LARGEST_RECORDS = 2**26
+_LARGEST_PATCH = 2**24  # voxels
+_CHECKSUM = "blake2b"  # in the metadata of a safetensors file, which has no checksum of its own
 
 
 class RunConfig(BaseModel):
@@ -59,6 +71,14 @@ class RunConfig(BaseModel):
             == "resampled",
         }
         return tuple(leak for leak, present in known.items() if present)
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> RunConfig:
+        if not len(self.patch_size) == self.plan.dimensions == self.model.dimensions:
+            raise ValueError("patch_size, plan and model must have the same dimensions")
+        if min(self.patch_size) < 1 or prod(self.patch_size) > _LARGEST_PATCH:
+            raise ValueError(f"patch_size must be positive, and at most {_LARGEST_PATCH} voxels in all")
+        return self
 
 
 class RunFolder:
@@ -121,12 +141,19 @@ class RunFolder:
     def config(self) -> RunConfig:
         """Raises InputError when the folder holds no run or a damaged configuration."""
         try:
-            return RunConfig.model_validate(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
+            text = read_bounded(self._own(self.config_file), _LARGEST_CONFIG).decode("utf-8")
+            return RunConfig.model_validate(plain_yaml.load(text))
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{self.path}: not a run folder (no config.yaml); name one that `train` wrote.") from None
-        except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
-            detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "not valid YAML"
+        except (yaml.YAMLError, *_DAMAGE) as error:
+            detail = error.errors()[0]["msg"][:200] if isinstance(error, ValidationError) else "not valid YAML"
             raise InputError(f"{self.config_file}: damaged or of another version ({detail}); train anew.") from None
+
+    def _own(self, file: Path) -> Path:
+        """`file`; InputError when it is a link that leads out of the run folder."""
+        if not lies_inside(self.path, file):
+            raise InputError(f"{file}: a link that leads out of the run folder; copy what it leads to into it.")
+        return file
 
     def write_config(self, config: RunConfig) -> None:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
@@ -135,8 +162,9 @@ class RunFolder:
     def save_weights(self, weights: Weights, state_dict: dict[str, Tensor]) -> None:
         # safetensors stores each tensor's own bytes, in the one order that every reader knows.
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+        content = save(plain, {_CHECKSUM: _checksum(plain)})
         with atomic_write(self.weights_file(weights)) as temporary:
-            temporary.write_bytes(save(plain))  # and not save_file, which turns a full disk into an error of its own
+            temporary.write_bytes(content)  # and not save_file, which turns a full disk into an error of its own
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write the state to resume from: tensors, plain values, and dicts and lists of them."""
@@ -161,8 +189,12 @@ class RunFolder:
                 raise InputError(f"{file}: gone, though epochs were finished; restore it, or train into a new --out.")
             return None
         try:
-            with ZipFile(file) as archive:  # torch writes checksums, but does not compare them
-                intact = archive.testzip() is None
+            with ZipFile(self._own(file)) as archive:  # torch writes checksums, but does not compare them
+                # Nor does it compress: an archive that does, or whose parts overlap, is made to swell.
+                parts = archive.infolist()
+                stored = all(part.compress_type == ZIP_STORED for part in parts)
+                swelling = not stored or sum(part.file_size for part in parts) > file.stat().st_size
+                intact = not swelling and archive.testzip() is None
             # By way of the CPU: a GPU would keep the optimiser's step counters, and every step would wait for each.
             state = torch.load(file, map_location="cpu", weights_only=True) if intact else None
         except _DAMAGE:
@@ -178,16 +210,26 @@ class RunFolder:
         """
         config, file = self.config, self.weights_file(weights)
         try:
-            state = load_file(file)
+            with torch.device("meta"):  # the network's shapes alone: those of a hostile configuration fit nowhere
+                expected = {name: (t.shape, t.dtype) for name, t in UTNetV2(config.model).state_dict().items()}
+        except (RuntimeError, TypeError, ValueError, OverflowError):
+            raise InputError(f"{self.config_file}: describes a network of impossible size; train anew.") from None
+        try:
+            with safe_open(self._own(file), "pt") as stored:
+                shapes = {name: torch.Size(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 (no dict)
+                if shapes != {name: shape for name, (shape, _) in expected.items()}:
+                    raise InputError(f"{file}: weights of another network than {self.config_file} describes.")
+                state = {name: stored.get_tensor(name) for name in shapes}
+                checksum = (stored.metadata() or {}).get(_CHECKSUM)
         except FileNotFoundError:
             raise InputError(f"{file}: no such weights; let the training of this run finish an epoch.") from None
-        except SafetensorError:
+        except (SafetensorError, OSError, *_DAMAGE):
             raise InputError(f"{file}: damaged weights; restore the file or train anew.") from None
+        whole = checksum in (None, _checksum(state))
+        if not whole or any(tensor.dtype != expected[name][1] for name, tensor in state.items()):
+            raise InputError(f"{file}: damaged weights; restore the file or train anew.")
         model = UTNetV2(config.model)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError:
-            raise InputError(f"{file}: weights of another network than {self.config_file} describes.") from None
+        model.load_state_dict(state)
         return model.eval()
 
     def append_environment(self, description: dict[str, Any]) -> None:
@@ -196,7 +238,7 @@ class RunFolder:
 
     def read_environments(self) -> list[dict[str, Any]]:
         """The entries of `environment.json`, none before the first start; InputError when it is damaged."""
-        return _read_json(self.environment_file, [])
+        return _read_json(self._own(self.environment_file), [])
 
     def record_resources(self, **measured: float | None) -> None:
         """Note seconds and peaks of memory in `resources.json`; of a peak noted before, the larger remains.
@@ -211,7 +253,7 @@ class RunFolder:
 
     def read_resources(self) -> dict[str, float]:
         """The content of `resources.json`, nothing before the first epoch has finished; InputError when damaged."""
-        return _read_json(self.resources_file, {})
+        return _read_json(self._own(self.resources_file), {})
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
         """Replace `metrics.jsonl`: one record per finished epoch, one line per record."""
@@ -222,14 +264,25 @@ class RunFolder:
         if not self.metrics_file.exists():
             return []
         try:
-            return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
-        except ValueError:
+            content = read_bounded(self._own(self.metrics_file), _LARGEST_RECORDS)
+            return [json.loads(line) for line in content.decode("utf-8").splitlines()]
+        except (ValueError, RecursionError):
             raise InputError(f"{self.metrics_file}: damaged; a resumed training writes it anew.") from None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of their names, types, shapes and bytes."""
+    total = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _read_json(file: Path, default: T) -> T:
     """The content of a file that this program wrote, or `default` where there is none yet."""
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else default
-    except ValueError:
+        return json.loads(read_bounded(file, _LARGEST_RECORDS).decode("utf-8")) if file.exists() else default
+    except (ValueError, RecursionError):
         raise InputError(f"{file}: damaged; restore it, or delete it.") from None
