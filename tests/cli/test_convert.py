@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+
+from utnetv2_fast.cli.convert import convert
+from utnetv2_fast.data.layouts import LAYOUTS
 
 
 @pytest.fixture
@@ -39,4 +43,10 @@ def test_bad_input(acdc: Path, tmp_path: Path, call: Callable[..., int], capsys:
     assert call("convert", "acdc", acdc, acdc) == 2
     assert "exists with other content" in capsys.readouterr().err
     assert call("convert", "lits", acdc, tmp_path / "raw") == 2
+    assert "no segmentation-N.nii in it" in capsys.readouterr().err
+    assert call("convert", "promise12", acdc, tmp_path / "raw") == 2
     assert not (tmp_path / "raw").exists()
+
+
+def test_the_verb_takes_every_layout() -> None:
+    assert set(typing.get_args(typing.get_type_hints(convert)["layout"])) == set(LAYOUTS)

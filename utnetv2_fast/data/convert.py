@@ -1,4 +1,7 @@
-"""Public datasets in their own layouts, rewritten as nnU-Net raw folders with the patients of their cases."""
+"""Public datasets in their own layouts, rewritten as nnU-Net raw folders with what is known of every case.
+
+`layouts.py` finds the cases of a layout; here they are written, all of them or nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,126 +11,137 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
+from nibabel.affines import voxel_sizes
+from numpy.typing import NDArray
+
 from utnetv2_fast.data.dataset import Dataset, read_dataset
-from utnetv2_fast.data.nifti import file_stem, read_scan
+from utnetv2_fast.data.layouts import LAYOUTS, Contents, Layout, Volume
+from utnetv2_fast.data.nifti import ENDINGS, read_frames
 from utnetv2_fast.data.threads import map_in_threads
-from utnetv2_fast.data.verify import scan_digest
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.progress import Track, silent
 
-_ACDC_LABELS = {"background": 0, "RV": 1, "MYO": 2, "LV": 3}
 
+def convert(layout: Layout, source: Path, destination: Path, track: Track = silent) -> Dataset:
+    """The dataset in `source` as an nnU-Net raw folder, with `cases.csv`: case, patient and what the source tells.
 
-@dataclass(frozen=True)
-class _Frame:
-    image: Path
-    label: Path
-    patient: str
-    group: str
-    phase: str  # ED or ES
-
-    @property
-    def name(self) -> str:
-        return file_stem(self.image)
-
-
-def convert_acdc(source: Path, destination: Path, track: Track = silent) -> Dataset:
-    """The ACDC challenge's training set as an nnU-Net raw folder, with `cases.csv`: case, patient, group, phase.
-
-    `source` holds `patientNNN/Info.cfg`, `patientNNN_frameFF.nii.gz` and `patientNNN_frameFF_gt.nii.gz`, or a folder
-    `training` that does. Patients with identical scans (074 and 076: one scan, annotated twice) count as one patient,
-    so that no fold has one scan on both sides. The destination appears when it is complete; one that holds this
-    conversion already is left as it is. Raises InputError for another layout, unreadable scans, and a destination
-    with other content.
+    Files are copied as they are, or, where `Contents.values` asks for it, written anew: one frame each, labels with
+    the values of this package, the spacing as the only geometry. The destination appears when it is complete; one that
+    holds this conversion already is left as it is. Raises InputError for another layout, files that cannot be read,
+    and a destination with other content.
     """
     source, destination = Path(source), Path(destination)
-    folder = source / "training" if (source / "training").is_dir() else source
-    patients = sorted(path for path in folder.glob("patient*") if path.is_dir())
-    if not patients:
-        raise InputError(f"{source}: no folder patientNNN in it; give the unpacked training set of the ACDC challenge.")
-    frames = [frame for patient in patients for frame in _acdc_frames(patient)]
-    people = _same_people(frames, track)
-    copies = {f"imagesTr/{frame.name}_0000.nii.gz": frame.image for frame in frames}
-    copies |= {f"labelsTr/{frame.name}.nii.gz": frame.label for frame in frames}
+    contents = LAYOUTS[layout](source, track)
+    ending = _common_ending(source, contents)
+    volumes = {f"imagesTr/{case.name}_0000{ending}": case.image for case in contents.cases}
+    volumes |= {f"labelsTr/{case.name}{ending}": case.label for case in contents.cases}
     texts = {
         "dataset.json": json.dumps(
             {
-                "name": "ACDC",
-                "channel_names": {"0": "cine MRI"},
-                "labels": _ACDC_LABELS,
-                "numTraining": len(frames),
-                "file_ending": ".nii.gz",
+                "name": contents.name,
+                "channel_names": {"0": contents.channel},
+                "labels": contents.labels,
+                "numTraining": len(contents.cases),
+                "file_ending": ending,
             },
             indent=2,
         ),
-        "cases.csv": _table(
-            [("case", "patient", "group", "phase"), *((f.name, people[f.patient], f.group, f.phase) for f in frames)]
-        ),
+        "cases.csv": _case_table(contents),
     }
+    copied = contents.values is None
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        if not _holds(destination, copies, texts):
+        if not _holds(destination, volumes, texts, compare_sizes=copied):
             raise InputError(f"{destination}: exists with other content; choose a new folder or remove it.")
         return read_dataset(destination)
+
     with _new_folder(destination) as temporary:
         for sub in ("imagesTr", "labelsTr"):
             (temporary / sub).mkdir()
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        for name, file in track(list(copies.items()), "Converting"):
-            shutil.copyfile(file, temporary / name)
+
+        def write(name: str) -> None:
+            if contents.values is None:
+                shutil.copyfile(volumes[name].file, temporary / name)
+            elif name.startswith("labelsTr"):
+                label, spacing = _frame(volumes[name])
+                _save(temporary / name, _relabelled(volumes[name], label, contents.values), spacing)
+            else:
+                _save(temporary / name, *_frame(volumes[name]))
+
+        map_in_threads(write, list(volumes), track, "Converting")
     return read_dataset(destination)
 
 
-def _acdc_frames(patient: Path) -> Iterator[_Frame]:
-    """End-diastole and end-systole, as Info.cfg names them."""
-    info_file = patient / "Info.cfg"
-    if not info_file.is_file():
-        raise InputError(f"{info_file}: no such file; give the unpacked training set of the ACDC challenge.")
-    lines = info_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    for phase in ("ED", "ES"):
-        if not info.get(phase, "").isdecimal() or not info.get("Group"):
-            raise InputError(f"{info_file}: lacks {phase} (a frame number) or Group; copy or download it again.")
-        stem = patient / f"{patient.name}_frame{int(info[phase]):02d}"
-        frame = _Frame(
-            Path(f"{stem}.nii.gz"), Path(f"{stem}_gt.nii.gz"), patient.name, group=info["Group"], phase=phase
-        )
-        for file in (frame.image, frame.label):
-            if not file.is_file():
-                raise InputError(f"{file}: no such file, but {info_file} names its frame; download the patient again.")
-        yield frame
+def _common_ending(source: Path, contents: Contents) -> str:
+    """The one ending of all files that are copied; what is written anew is compressed."""
+    if contents.values is not None:
+        return ".nii.gz"
+    files = [volume.file for case in contents.cases for volume in (case.image, case.label)]
+    endings = {next(ending for ending in ENDINGS if file.name.endswith(ending)) for file in files}
+    if len(endings) > 1:
+        raise InputError(f"{source}: holds .nii and .nii.gz files; compress all of them, or none.")
+    return endings.pop()
 
 
-def _same_people(frames: Sequence[_Frame], track: Track) -> dict[str, str]:
-    """{patient: the first patient with the same scan, or itself}"""
-    digests = map_in_threads(lambda frame: scan_digest(read_scan([frame.image])), frames, track, "Reading")
-    owners: dict[bytes, str] = {}
-    people: dict[str, str] = {}
-    for frame, digest in zip(frames, digests, strict=True):
-        owner = owners.setdefault(digest, frame.patient)
-        if people.get(frame.patient, frame.patient) == frame.patient:
-            people[frame.patient] = people.get(owner, owner)
-    return people
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _case_table(contents: Contents) -> str:
+    """`cases.csv`; a column that a case does not have stays empty."""
+    columns = list(dict.fromkeys(column for case in contents.cases for column in case.metadata))
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["case", "patient", *columns])
+    for case in contents.cases:
+        table.writerow([case.name, case.patient, *(case.metadata.get(column, "") for column in columns)])
     return text.getvalue()
 
 
-def _holds(folder: Path, copies: dict[str, Path], texts: dict[str, str]) -> bool:
-    """Whether `folder` has these texts and files of these sizes."""
+def _frame(volume: Volume) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
+    """One volume (i, j, k) as it is stored, and the spacing of its axes in mm."""
+    frames, grid = read_frames(volume.file)
+    count = frames.shape[3]
+    if volume.frame is None and count != 1:
+        raise InputError(f"{volume.file}: holds {count} volumes instead of one; check the layout that you named.")
+    if volume.frame is not None and volume.frame >= count:
+        raise InputError(
+            f"{volume.file}: has {count} frames, but frame {volume.frame} (from 0) is wanted; download it again."
+        )
+    return frames[..., volume.frame or 0], np.asarray(voxel_sizes(grid.affine))
+
+
+def _relabelled(volume: Volume, label: NDArray[np.generic], values: dict[int, int]) -> NDArray[np.uint8]:
+    """`label` with the package's values in the place of the source's; InputError for one that is not known."""
+    result = np.zeros(label.shape, np.uint8)
+    known = label == 0
+    for old, new in values.items():
+        result[label == old] = new
+        known |= label == old
+    if not known.all():
+        raise InputError(
+            f"{volume.file}: holds the label {label[~known][0]}, this layout has {', '.join(map(str, values))}; check "
+            "the layout that you named."
+        )
+    return result
+
+
+def _save(file: Path, array: NDArray[np.generic], spacing: NDArray[np.float64]) -> None:
+    stored = array.astype(np.float32) if array.dtype == np.float64 else array
+    nib.save(nib.Nifti1Image(stored, np.diag([*spacing, 1.0]), dtype=stored.dtype), file)
+
+
+def _holds(folder: Path, volumes: dict[str, Volume], texts: dict[str, str], *, compare_sizes: bool) -> bool:
+    """Whether `folder` has these texts, and these files, of the sizes of those they were copied from."""
     return all(
         (folder / name).is_file() and (folder / name).read_bytes() == text.encode() for name, text in texts.items()
     ) and all(
-        (folder / name).is_file() and (folder / name).stat().st_size == file.stat().st_size
-        for name, file in copies.items()
+        (folder / name).is_file()
+        and (not compare_sizes or (folder / name).stat().st_size == volume.file.stat().st_size)
+        for name, volume in volumes.items()
     )
 
 

@@ -139,6 +139,17 @@ def read_label(file: Path) -> tuple[NDArray[np.uint8], Grid]:
     return np.ascontiguousarray(label), grid
 
 
+def read_frames(file: Path) -> tuple[NDArray[np.generic], Grid]:
+    """All volumes of a file as stored, (i, j, k, T), in the type they are stored in or scaled to, and their grid.
+
+    Raises InputError as `read_scan` does, but looks at no value.
+    """
+    volumes, grid = _read(file)
+    canonical = orientations.axcodes2ornt("RAS")
+    back = orientations.ornt_transform(canonical, grid.orientation)
+    return np.asarray(orientations.apply_orientation(volumes.T, back)), grid
+
+
 def label_to_native(label: NDArray[np.uint8], grid: Grid) -> NDArray[np.uint8]:
     """A canonical label map (Z, Y, X) as stored: (i, j, k) in the grid's own orientation."""
     if label.shape != grid.canonical_shape:
