@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import ndimage
 
+from utnetv2_fast.data import augment as module
 from utnetv2_fast.data.augment import PROFILES, AugmentationProfile, Effect, augment, source_size
+from utnetv2_fast.training.recipe import load_recipe
 
 ISOTROPIC, THICK, SLICE = (1.0, 0.8, 1.3), (5.0, 0.8, 1.3), (0.8, 1.3)
 
@@ -105,6 +107,96 @@ def test_each_axis_of_a_volume_turns() -> None:
         out, _ = run(ramp, profile, (9, 9, 9), seed=(axis, 0))
         for across in range(3):
             assert out[0, 0].diff(dim=across).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(("patch", "spacing"), [((24, 20), SLICE), ((8, 24, 20), THICK), ((10, 24, 20), ISOTROPIC)])
+@pytest.mark.parametrize("stay", [True, False])
+def test_shear_and_scales_per_axis_equal_scipys_affine_transform(
+    patch: tuple[int, ...], spacing: tuple[float, ...], stay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn is noted on its way into the matrix, and the matrix is built anew in millimetres."""
+    drawn = []
+    matrices = module._matrices
+    monkeypatch.setattr(module, "_matrices", lambda *given: drawn.append(given) or matrices(*given))
+    profile = AugmentationProfile(
+        rotation=always(25),
+        rotation_in_plane=always(25),
+        scaling=always(0.7, 1.3),
+        scaling_per_axis=True,
+        shear=always(-0.3, 0.3),
+        thick_slices_stay=stay,
+    )
+    source = source_size(patch, profile, spacing)
+    image = smooth(source)
+    got, _ = run(image[None, None], profile, patch, spacing=spacing)
+    _, scales, shears, _ = drawn[-1]
+    axes, planar = len(patch), len(patch) == 2 or (stay and spacing == THICK)
+    scales, (down, across) = scales[0].numpy().copy(), shears[0].tolist()
+    assert len(set(scales.tolist())) == axes
+    assert down != across
+    if planar and axes == 3:
+        scales[0] = 1
+    slant = np.eye(axes)
+    slant[-2, -1], slant[-1, -2] = down, across
+    planes = [(axes - 2, axes - 1)] if planar else [(1, 2), (2, 0), (0, 1)]
+    rotation = np.linalg.multi_dot([np.eye(axes), *(turn(i, j, 25, axes) for i, j in planes)])
+    matrix = np.diag(1 / np.array(spacing)) @ rotation @ slant @ np.diag(np.array(spacing) * scales)
+    offset = (np.array(source) - 1) / 2 - matrix @ ((np.array(patch) - 1) / 2)
+    expected = ndimage.affine_transform(image, matrix, offset, patch, order=1)
+    np.testing.assert_allclose(got[0, 0], expected, atol=1e-5)
+    ones = torch.ones(1, 1, *source)
+    assert min(run(ones, profile, patch, spacing=spacing, seed=(s, 0))[0].min() for s in range(20)) > 1 - 1e-4
+
+
+def test_moved_together_or_not_at_all() -> None:
+    """A third of the samples is rotated; with `moves_together` no other one is scaled or sheared."""
+    third, half = Effect(probability=1 / 3, low=90, high=90), Effect(probability=0.5, low=1.5, high=1.5)
+    slanted = Effect(probability=0.5, low=0.4, high=0.4)
+    image = torch.from_numpy(smooth((900, 1, 12, 12))).float()
+    for together, expected in ((True, 1 / 3), (False, 1 - 2 / 3 * 0.5 * 0.5)):
+        profile = AugmentationProfile(rotation_in_plane=third, scaling=half, shear=slanted, moves_together=together)
+        moved = (run(image, profile)[0] != image).flatten(1).any(1).float().mean().item()
+        assert moved == pytest.approx(expected, abs=0.05)
+
+
+def test_each_axis_mirrors_with_its_own_probability() -> None:
+    ramp = torch.arange(16.0).view(1, 1, 4, 4).expand(4000, 1, 4, 4)
+    out, _ = run(ramp, AugmentationProfile(mirror_axes=(0, 1), mirror_probability=(0.2, 0.6)))
+    down, across = (out.diff(dim=axis).mean((1, 2, 3)) < 0 for axis in (2, 3))
+    assert down.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert across.float().mean().item() == pytest.approx(0.6, abs=0.03)
+    with pytest.raises(ValidationError, match="one for each"):
+        AugmentationProfile(mirror_axes=(0, 1), mirror_probability=(0.2,))
+
+
+@pytest.mark.parametrize("draw", ["uniform", "normal"])
+def test_strengths_have_their_distribution(draw: str) -> None:
+    effect = Effect(probability=1, low=0.5, high=1.6, draw=draw)
+    ones = torch.ones(20000, 1, 1, 1)
+    factors = run(ones, AugmentationProfile(brightness=effect))[0].flatten()
+    if draw == "normal":
+        assert factors.mean().item() == pytest.approx(1.05, abs=0.02)
+        assert factors.std().item() == pytest.approx(0.55, abs=0.02)
+        assert (factors < 0.5).float().mean().item() == pytest.approx(0.159, abs=0.01)
+        return
+    assert 0.5 <= factors.min() < 0.52
+    assert 1.58 < factors.max() <= 1.6
+    assert (factors < 1).float().mean().item() == pytest.approx(0.5 / 1.1, abs=0.015)
+
+
+def test_source_size_of_every_profile_in_a_recipe_suffices() -> None:
+    for name, spacing in (("acdc-2d", SLICE), ("acdc-3d", (5.0, 1.5, 1.5)), ("bcv-3d", (3.0, 0.75, 0.75))):
+        recipe = load_recipe(name, "paper").training.augmentation
+        assert isinstance(recipe, AugmentationProfile)
+        spatial = {
+            field: getattr(recipe, field)
+            for field in ("rotation", "rotation_in_plane", "scaling", "scaling_per_axis", "shear", "thick_slices_stay")
+        }
+        profile = AugmentationProfile(**spatial)
+        patch = (24, 20) if spacing == SLICE else (6, 24, 20)
+        source = source_size(patch, profile, spacing)
+        out, _ = run(torch.ones(40, 1, *source), profile, patch, spacing=spacing)
+        assert out.min() > 1 - 1e-4
 
 
 def test_an_elongated_slice_keeps_its_pose() -> None:
@@ -305,8 +397,9 @@ def test_channels_get_their_own_strength() -> None:
     assert len(out[0, :, 0, 0].unique()) == 3
 
 
-def test_factors_fall_below_one_as_often_as_above() -> None:
-    out, _ = run(torch.ones(4000, 1, 1, 1), AugmentationProfile(brightness=always(0.5, 3.0)))
+def test_balanced_factors_fall_below_one_as_often_as_above() -> None:
+    balanced = Effect(probability=1, low=0.5, high=3.0, draw="balanced")
+    out, _ = run(torch.ones(4000, 1, 1, 1), AugmentationProfile(brightness=balanced))
     factors = out.flatten()
     assert factors.min() >= 0.5
     assert factors.max() <= 3

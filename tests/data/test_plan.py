@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from utnetv2_fast.data.dataset import Dataset
 from utnetv2_fast.data.fingerprint import CaseFingerprint, Fingerprint, IntensityStatistics
-from utnetv2_fast.data.plan import Plan, make_plan, plan_patch
+from utnetv2_fast.data.plan import IntensityWindow, Plan, Preparation, make_plan, plan_patch
+from utnetv2_fast.errors import InputError
 
 STATISTICS = IntensityStatistics(mean=1, std=2, median=1, minimum=0, maximum=9, percentile_00_5=0.1, percentile_99_5=8)
 ALL = (2, 2, 2)
@@ -27,6 +29,7 @@ def plan_of(
     dimensions: int = 3,
     channels: tuple[str, ...] = ("MRI",),
     relative_size: float = 1.0,
+    preparation: Preparation | None = None,
 ) -> Plan:
     cases = {
         f"{index}": CaseFingerprint(shape=shape, spacing=spacing, relative_size=relative_size)
@@ -34,7 +37,7 @@ def plan_of(
     }
     fingerprint = Fingerprint(cases=cases, intensities=(STATISTICS,) * len(channels))
     dataset = Dataset(Path("x"), "x", channels, {"background": 0, "a": 1}, ())
-    return make_plan(dataset, fingerprint, dimensions)
+    return make_plan(dataset, fingerprint, dimensions, preparation or Preparation())
 
 
 def test_isotropic_data_keep_their_axes_and_median_spacing() -> None:
@@ -165,3 +168,37 @@ def test_patches_fit_their_budget_and_their_strides(spacing: tuple, median: tupl
 def test_input_size_of_another_dimension() -> None:
     with pytest.raises(ValueError, match="3D plan"):
         plan_patch(plan_of([(1.0, 1.0, 1.0)], [(30, 30, 30)]), (64, 64))
+
+
+def test_a_given_spacing_decides_the_axes_too() -> None:
+    """Z stays first where it is the coarsest of the given spacing, or left as it is, whatever the data have."""
+    spacings, shapes = [(1.0, 3.0, 1.5)] * 2, [(40, 30, 50)] * 2
+    assert plan_of(spacings, shapes).axes == (1, 0, 2)
+    three = plan_of(spacings, shapes, preparation=Preparation(spacing=(5.0, 1.5, 1.5)))
+    assert (three.axes, three.spacing, three.median_shape) == ((0, 1, 2), (5.0, 1.5, 1.5), (8, 60, 50))
+    turned = plan_of(spacings, shapes, preparation=Preparation(spacing=(1.0, 4.0, 2.0)))
+    assert (turned.axes, turned.spacing) == ((1, 0, 2), (4.0, 1.0, 2.0))
+    two = plan_of(spacings, shapes, 2, preparation=Preparation(spacing=(None, 1.5, 0.75)))
+    assert (two.axes, two.spacing, two.median_shape) == ((0, 1, 2), (None, 1.5, 0.75), (40, 60, 100))
+    with pytest.raises(InputError, match=r"\[null, 1.5, 1.5\] is for 2D"):
+        plan_of(spacings, shapes, 3, preparation=Preparation(spacing=(None, 1.5, 1.5)))
+
+
+def test_given_intensities_hold_for_ct_alone_and_given_normalisation_for_the_others() -> None:
+    window = IntensityWindow(low=-17, high=201, mean=99.4, std=39.4)
+    preparation = Preparation(window=window, normalisation="percentile_98")
+    plan = plan_of([(1, 1, 1)], [(30, 30, 30)], channels=("CT", "T1"), preparation=preparation)
+    assert plan.normalisation == ("ct", "percentile_98")
+    ct, t1 = plan.intensities
+    assert (ct.percentile_00_5, ct.percentile_99_5, ct.mean, ct.std) == (-17, 201, 99.4, 39.4)
+    assert t1 == STATISTICS
+    assert plan_of([(1, 1, 1)], [(30, 30, 30)], channels=("CT", "T1")).intensities == (STATISTICS, STATISTICS)
+
+
+def test_the_context_of_a_label_crop_is_in_force_only_with_it() -> None:
+    given = Preparation(label_context=(5, 20, 20))
+    assert plan_of([(1, 1, 1)], [(30, 30, 30)], preparation=given).label_context is None
+    cropping = Preparation(crop="label", label_context=(5, 20, 20))
+    assert plan_of([(1, 1, 1)], [(30, 30, 30)], preparation=cropping).label_context == (5, 20, 20)
+    with pytest.raises(ValidationError, match="needs label_context"):
+        Preparation(crop="label")

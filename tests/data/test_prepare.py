@@ -14,6 +14,7 @@ import pytest
 from utnetv2_fast.data import prepare as module
 from utnetv2_fast.data.dataset import Dataset, read_dataset
 from utnetv2_fast.data.nifti import read_label, read_scan
+from utnetv2_fast.data.plan import Preparation
 from utnetv2_fast.data.prepare import Prepared, default_folder, prepare
 from utnetv2_fast.data.preprocess import preprocess_image, preprocess_label
 from utnetv2_fast.data.splits import load_or_make_splits
@@ -268,3 +269,29 @@ def test_real_scans(shared_data: Path, tmp_path: Path) -> None:
     assert prepared.plan.spacing == (1.0, 1.0, 1.0)
     assert prepared.plan.median_shape == (36, 50, 35)
     assert [len(split["val"]) for split in load_or_make_splits(prepared)] == [40] * 5
+
+
+def test_a_preparation_of_its_own(source: Path, tmp_path: Path, stored: list[str]) -> None:
+    dataset = read_dataset(source)
+    cropping = Preparation(crop="label", label_context=(1, 2, 2), resampling="nearest_across")
+    assert default_folder(dataset, 3) == Path("prepared/source-3d")
+    assert default_folder(dataset, 3, cropping) != default_folder(dataset, 3, Preparation(crop="none"))
+    prepared = prepare(dataset, tmp_path / "out", 3, preparation=cropping)
+    for case, found in zip(dataset.cases, prepared.cases, strict=True):
+        label, _ = read_label(case.label)
+        image, geometry = preprocess_image(read_scan(case.images), prepared.plan, label)
+        np.testing.assert_array_equal(found.image(), image.astype(np.float16))
+        np.testing.assert_array_equal(found.label(), preprocess_label(label, geometry, prepared.plan))
+    stored.clear()
+    prepare(dataset, tmp_path / "out", 3, preparation=cropping)
+    assert stored == []
+    prepare(dataset, tmp_path / "out", 3)
+    assert sorted(stored) == ["CASE00", "CASE01", "CASE02", "CASE03"]
+
+
+def test_what_is_known_of_a_case_is_kept(source: Path, tmp_path: Path) -> None:
+    table = source / "cases.csv"
+    header, *lines = table.read_text().splitlines()
+    table.write_text("\n".join([f"{header},vendor", *(f"{line},{'xy'[n % 2]}" for n, line in enumerate(lines))]) + "\n")
+    prepared = prepare(read_dataset(source), tmp_path / "out", 3)
+    assert [case.metadata for case in prepared.cases] == [{"vendor": "xy"[n % 2]} for n in range(4)]

@@ -204,3 +204,58 @@ def test_real_scans_come_back(shared_data: Path) -> None:
         for value in (1, 2, 3):
             overlap = 2 * ((back == value) & (label == value)).sum() / ((back == value).sum() + (label == value).sum())
             assert overlap > 0.97
+
+
+def test_intensities_by_the_98th_percentile() -> None:
+    values = np.linspace(-50, 350, 1000, dtype=np.float32).reshape(1, 10, 10, 10)
+    scan = Scan(values, Grid((10, 10, 10), np.eye(4)))
+    image, _ = preprocess_image(scan, make_plan(normalisation=("percentile_98",)))
+    highest = np.percentile(values, 98)
+    np.testing.assert_allclose(image, np.clip(values, 0, highest) / highest, atol=1e-6)
+    dark = Scan(np.full((1, 3, 3, 3), -1, np.float32), scan.grid)
+    assert not preprocess_image(dark, make_plan(normalisation=("percentile_98",)))[0].any()
+
+
+def test_nearest_slices_and_labels_whatever_the_spacing() -> None:
+    """Isotropic voxels, which nnU-Net would interpolate along every axis."""
+    rng = np.random.default_rng(0)
+    scan = Scan(rng.normal(size=(1, 6, 10, 12)).astype(np.float32), Grid((12, 10, 6), np.eye(4)))
+    label = rng.integers(0, 4, (6, 10, 12)).astype(np.uint8)
+    plan = make_plan(spacing=(0.5, 0.8, 0.8), resampling="nearest_across")
+    image, geometry = preprocess_image(scan, plan)
+    assert image.shape == (1, 12, 12, 15)
+    np.testing.assert_array_equal(image[0, ::2], image[0, 1::2])  # each slice twice
+    own = ((scan.image - scan.image.mean()) / scan.image.std())[0, 3]
+    alone = ndimage.zoom(own, (12 / 10, 15 / 12), order=3, mode="nearest", grid_mode=True)
+    np.testing.assert_allclose(image[0, 6], alone.clip(own.min(), own.max()), atol=1e-4)
+    resampled = preprocess_label(label, geometry, plan)
+    sizes = zip((6, 10, 12), (12, 12, 15), strict=True)
+    d, h, w = (((np.arange(new) + 0.5) * old / new).astype(int) for old, new in sizes)
+    np.testing.assert_array_equal(resampled, label[np.ix_(d, h, w)])
+
+
+def test_cropped_to_the_labels_only_where_the_plan_says_so_and_a_label_is_there() -> None:
+    scan = framed((20, 30, 40), (4.0, 1.0, 1.0))
+    label = np.zeros((20, 30, 40), np.uint8)
+    label[8:10, 5:12, 33:38] = 2
+    plan = make_plan(spacing=(2.0, 2.0, 1.0), crop="label", label_context=(3, 4, 5))
+    image, geometry = preprocess_image(scan, plan, label)
+    # 3 voxels of 2 mm are 1.5 of 4 mm, rounded to 2; 4 of 2 mm are 8 of 1 mm; the scan ends behind the third box.
+    assert geometry.crop == ((6, 12), (0, 20), (28, 40))
+    assert image.shape[1:] == target_shape(geometry, plan)
+    back = restore_label(one_hot(preprocess_label(label, geometry, plan)), geometry, plan)
+    assert back.shape == label.shape
+    assert (back == label).mean() > 0.99
+    whole = ((0, 20), (0, 30), (0, 40))
+    assert preprocess_image(scan, plan)[1].crop == whole
+    assert preprocess_image(scan, plan, np.zeros_like(label))[1].crop == whole
+    assert preprocess_image(scan, make_plan(crop="none"), label)[1].crop == whole
+    assert preprocess_image(scan, make_plan(), label)[1].crop == preprocess_image(scan, make_plan())[1].crop != whole
+
+
+def test_the_label_box_follows_the_axes_of_the_plan() -> None:
+    scan = framed((20, 30, 40))
+    label = np.zeros((20, 30, 40), np.uint8)
+    label[8, 9, 10] = 1
+    plan = make_plan(axes=(2, 0, 1), crop="label", label_context=(1, 2, 3))
+    assert preprocess_image(scan, plan, label)[1].crop == ((9, 12), (6, 11), (6, 13))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from utnetv2_fast.data.fingerprint import IntensityStatistics
 from utnetv2_fast.data.plan import Plan
 from utnetv2_fast.data.prepare import Prepared, PreparedCase
-from utnetv2_fast.data.splits import load_or_make_splits, make_splits
+from utnetv2_fast.data.splits import SplitRules, load_or_make_splits, make_splits, make_splits_as_the_authors
 from utnetv2_fast.errors import InputError
 
 STATISTICS = IntensityStatistics(mean=0, std=1, median=0, minimum=0, maximum=1, percentile_00_5=0, percentile_99_5=1)
@@ -87,3 +89,58 @@ def test_edits_that_cannot_be(prepared: Prepared, content: str, words: str) -> N
     (prepared.folder / "splits.json").write_text(content)
     with pytest.raises(InputError, match=rf"splits\.json: .*{words}"):
         load_or_make_splits(prepared)
+
+
+def test_the_authors_folds() -> None:
+    """Equal parts of Python's shuffle with seed 0; who remains is trained on in every fold."""
+    patients = {f"p{index:02d}-{phase}": f"p{index:02d}" for index in range(13) for phase in ("ED", "ES")}
+    splits = make_splits_as_the_authors(patients)
+    shuffled = [f"p{index:02d}" for index in range(13)]
+    random.Random(0).shuffle(shuffled)
+    held_out = [{patients[case] for case in split["val"]} for split in splits]
+    assert held_out == [set(shuffled[2 * fold : 2 * fold + 2]) for fold in range(5)]
+    for split in splits:
+        assert sorted(split["train"] + split["val"]) == sorted(patients)
+        assert {patients[case] for case in split["train"]} >= set(shuffled[10:])
+    assert len(make_splits_as_the_authors({"a": "1", "b": "2", "c": "3"})) == 3
+    with pytest.raises(InputError, match="one patient"):
+        make_splits_as_the_authors({"a": "1", "b": "1"})
+
+
+@pytest.fixture
+def domains(prepared: Prepared) -> Prepared:
+    """c0 ... c5 of p0, p1, p2; the last patient in the test set, the second of another challenge."""
+    metadata = [{"set": name, "subset": subset} for name, subset in (("A", "train"), ("B", "test"), ("A", "test"))]
+    cases = tuple(replace(case, metadata=metadata[n // 2]) for n, case in enumerate(prepared.cases))
+    return replace(prepared, cases=cases)
+
+
+def test_held_out_by_metadata(domains: Prepared) -> None:
+    rules = SplitRules(held_out={"set": ("A",), "subset": ("test", "validation")})
+    [split] = load_or_make_splits(domains, rules)
+    assert split == {"train": ["c0", "c1", "c2", "c3"], "val": ["c4", "c5"]}
+    assert load_or_make_splits(domains, rules) == [split]
+
+
+def test_left_out_by_metadata(domains: Prepared) -> None:
+    rules = SplitRules(left_out={"set": ("B",)})
+    splits = load_or_make_splits(domains, rules)
+    assert sorted(case for split in splits for case in split["val"]) == ["c0", "c1", "c4", "c5"]
+    assert load_or_make_splits(domains, rules) == splits
+    with pytest.raises(InputError, match="c2 is in no fold"):
+        load_or_make_splits(domains)
+
+
+@pytest.mark.parametrize(("held_out", "words"), [({"set": ("C",)}, "None of the 6"), ({"set": ("A", "B")}, "All of")])
+def test_nobody_or_everybody_held_out(domains: Prepared, held_out: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        load_or_make_splits(domains, SplitRules(held_out=held_out))
+    assert not (domains.folder / "splits.json").exists()
+
+
+def test_the_rules_of_a_split_decide_its_folds(prepared: Prepared) -> None:
+    assert len(load_or_make_splits(prepared, SplitRules(folds=2))) == 2
+    (prepared.folder / "splits.json").unlink()
+    patients = {case.name: case.patient for case in prepared.cases}
+    authors = load_or_make_splits(prepared, SplitRules(scheme="authors", folds=2))
+    assert authors == make_splits_as_the_authors(patients, 2) != make_splits(patients, 2)

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -19,13 +20,18 @@ ELONGATED, ELONGATED_DEGREES = 1.5, 15.0
 
 
 class Effect(BaseModel):
-    """How often an effect strikes a sample, and the range its strength comes from."""
+    """How often an effect strikes a sample, and what its strength is drawn from.
+
+    "uniform" is from low to high. "balanced", for factors, falls below 1 as often as above, uniformly on either side
+    (nnU-Net). "normal" has its mean in the middle of low and high, and half their distance as standard deviation.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     probability: float = Field(ge=0, le=1)
     low: float
     high: float
+    draw: Literal["uniform", "balanced", "normal"] = "uniform"
     channel_probability: float = Field(default=1.0, ge=0, le=1)  # of each channel of a sample that is struck
 
     @model_validator(mode="after")
@@ -37,27 +43,43 @@ class Effect(BaseModel):
 
 NEVER = Effect(probability=0, low=1, high=1)
 
+_Probability = Annotated[float, Field(ge=0, le=1)]
+
 
 class AugmentationProfile(BaseModel):
-    """What happens to a training sample, in this order. Intensities are in standard deviations (scans are z-scored)."""
+    """What happens to a training sample, in this order.
+
+    Intensities are those of prepared scans: in standard deviations, where these are z-scored.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     rotation: Effect = NEVER  # degrees about each axis of a volume
     rotation_in_plane: Effect = NEVER  # degrees; takes the place of `rotation` in 2D and where slices are thick
     scaling: Effect = NEVER  # the patch shows this many times its own extent: above 1 things look smaller
+    scaling_per_axis: bool = False  # every axis draws its own
+    shear: Effect = NEVER.model_copy(update={"low": 0.0, "high": 0.0})  # in the plane, of either axis along the other
+    moves_together: bool = False  # rotation also decides which samples are scaled and sheared
+    thick_slices_stay: bool = True  # where slices are thick, nothing turns, scales or blurs across them
     mirror_axes: (
         tuple[int, ...] | None
     ) = ()  # of the patch; None: every axis. A label that says left or right forbids its axis.
-    mirror_probability: float = Field(default=0.5, ge=0, le=1)  # of each of them
+    mirror_probability: _Probability | tuple[_Probability, ...] = 0.5  # of each of them, or one for each
     noise: Effect = NEVER  # standard deviation of additive Gaussian noise
     blur: Effect = NEVER  # sigma of a Gaussian in voxels, of each axis by itself
     shift: Effect = NEVER  # added to all intensities
-    brightness: Effect = NEVER  # factor on all intensities; this and the three below fall below 1 as often as above
+    brightness: Effect = NEVER  # factor on all intensities
     contrast: Effect = NEVER  # factor on the distance from the mean; the range of intensities is kept
     low_resolution: Effect = NEVER  # remaining fraction of the voxels along each axis
     inverted_gamma: Effect = NEVER  # exponent, applied to the negative; mean and standard deviation are kept
     gamma: Effect = NEVER  # exponent; mean and standard deviation are kept
+
+    @model_validator(mode="after")
+    def _one_probability_per_axis(self) -> AugmentationProfile:
+        given = self.mirror_probability
+        if isinstance(given, tuple) and (self.mirror_axes is None or len(given) != len(self.mirror_axes)):
+            raise ValueError("mirror_probability must be one number, or one for each of mirror_axes")
+        return self
 
 
 _NNUNET = AugmentationProfile(
@@ -68,11 +90,11 @@ _NNUNET = AugmentationProfile(
     # nnU-Net calls the range of its noise a variance, but uses it as a standard deviation.
     noise=Effect(probability=0.1, low=0, high=0.1),
     blur=Effect(probability=0.2, low=0.5, high=1, channel_probability=0.5),
-    brightness=Effect(probability=0.15, low=0.75, high=1.25),
-    contrast=Effect(probability=0.15, low=0.75, high=1.25),
+    brightness=Effect(probability=0.15, low=0.75, high=1.25, draw="balanced"),
+    contrast=Effect(probability=0.15, low=0.75, high=1.25, draw="balanced"),
     low_resolution=Effect(probability=0.25, low=0.5, high=1, channel_probability=0.5),
-    inverted_gamma=Effect(probability=0.1, low=0.7, high=1.5),
-    gamma=Effect(probability=0.3, low=0.7, high=1.5),
+    inverted_gamma=Effect(probability=0.1, low=0.7, high=1.5, draw="balanced"),
+    gamma=Effect(probability=0.3, low=0.7, high=1.5, draw="balanced"),
 )
 
 # "paper": the paper's list (rotation, scaling, brightness shift, contrast, noise; the random crop is the sampler's). It
@@ -86,12 +108,17 @@ PROFILES: Mapping[str, AugmentationProfile] = MappingProxyType(
             scaling=Effect(probability=0.5, low=0.7, high=1 / 0.7),
             noise=Effect(probability=0.2, low=0, high=0.1),
             shift=Effect(probability=0.2, low=-0.2, high=0.2),
-            contrast=Effect(probability=0.2, low=0.7, high=1.3),
+            contrast=Effect(probability=0.2, low=0.7, high=1.3, draw="balanced"),
         ),
         "nnunet": _NNUNET,
         "nnunet-no-mirroring": _NNUNET.model_copy(update={"mirror_axes": ()}),
     }
 )
+
+
+def augmentation_profile(profile: str | AugmentationProfile) -> AugmentationProfile:
+    """The profile itself, or the one of `PROFILES` that has this name."""
+    return PROFILES[profile] if isinstance(profile, str) else profile
 
 
 def source_size(patch_size: Sequence[int], profile: AugmentationProfile, spacing: Sequence[float]) -> tuple[int, ...]:
@@ -100,16 +127,21 @@ def source_size(patch_size: Sequence[int], profile: AugmentationProfile, spacing
     patch_size in voxels and spacing in mm, in the order of the two or three axes. The surplus over the patch is even on
     every axis, so that patch and source share their centre.
     """
-    patch = tuple(patch_size)
+    patch, planar = tuple(patch_size), _planar(spacing, profile)
     rotation = _rotation(patch, spacing, profile)
     low, high = (rotation.low, rotation.high) if rotation.probability else (0.0, 0.0)
     if high - low > 180:  # half a turn brings the box back onto itself
         low, high = -90.0, 90.0
     # How far the patch reaches is smooth in the angles: steps of two degrees miss its maximum by less than a voxel.
     steps = np.linspace(low, high, num=math.ceil((high - low) / 2) + 1)
-    degrees = torch.tensor(list(itertools.product(steps, repeat=1 if _planar(spacing) else 3)), dtype=torch.float64)
+    degrees = torch.tensor(list(itertools.product(steps, repeat=1 if planar else 3)), dtype=torch.float64)
+    # The largest scale on every axis reaches furthest, and so does some corner of the range of the shear.
     scale = max(1.0, profile.scaling.high) if profile.scaling.probability else 1.0
-    margins = _margins(_matrices(degrees, torch.full((len(degrees),), scale), spacing), patch)
+    ends = sorted({0.0, profile.shear.low, profile.shear.high}) if profile.shear.probability else [0.0]
+    shears = torch.tensor(list(itertools.product(ends, repeat=2)), dtype=torch.float64)
+    degrees, shears = degrees.repeat_interleave(len(shears), 0), shears.repeat(len(degrees), 1)
+    scales = torch.full((len(degrees), len(patch)), scale, dtype=torch.float64)
+    margins = _margins(_matrices(degrees, scales, shears, spacing), patch)
     return tuple(p + 2 * margin for p, margin in zip(patch, margins, strict=True))
 
 
@@ -142,13 +174,14 @@ def augment(
     image, label = _move(image, label, patch, spacing, profile, generator)
     rows = image.flatten(0, 1)  # (B * C, *patch): channels get their own intensities
     # Neither blur nor low resolution crosses thick slices.
-    axes = range(2, len(patch) + 1) if len(patch) == 3 and _planar(spacing) else range(1, len(patch) + 1)
+    planar = _planar(spacing, profile)
+    axes = range(2, len(patch) + 1) if len(patch) == 3 and planar else range(1, len(patch) + 1)
 
-    def strike(effect: Effect, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], draw: _Draw) -> None:
+    def strike(effect: Effect, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         """Replace the rows that `effect` strikes by change(rows (m, *patch), strength (m, 3))."""
         struck = torch.rand(image.shape[0], 1, generator=generator) < effect.probability
         struck = struck & (torch.rand(image.shape[:2], generator=generator) < effect.channel_probability)
-        strength = draw(effect, torch.rand(*image.shape[:2], 3, generator=generator))[struck]
+        strength = _drawn(effect, torch.rand(*image.shape[:2], 3, generator=generator))[struck]
         if len(strength):
             index = struck.flatten().nonzero().flatten().to(rows.device)
             rows.index_copy_(0, index, change(rows.index_select(0, index), strength.to(rows.device)))
@@ -156,31 +189,26 @@ def augment(
     def noise(x: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         return x + _per_row(std, x) * torch.randn(x.shape, generator=field_generator, device=x.device)
 
-    strike(profile.noise, noise, _uniform)
-    strike(profile.blur, lambda x, sigma: _along(x, axes, sigma, _gaussian), _uniform)
-    strike(profile.shift, lambda x, value: x + _per_row(value, x), _uniform)
-    strike(profile.brightness, lambda x, factor: x * _per_row(factor, x), _around_one)
-    strike(profile.contrast, _contrast, _around_one)
-    strike(profile.low_resolution, lambda x, f: _along(x, axes, f[:, :1].expand_as(f), _coarsening), _uniform)
-    strike(profile.inverted_gamma, lambda x, exponent: -_gamma(-x, exponent), _around_one)
-    strike(profile.gamma, _gamma, _around_one)
+    strike(profile.noise, noise)
+    strike(profile.blur, lambda x, sigma: _along(x, axes, sigma, _gaussian))
+    strike(profile.shift, lambda x, value: x + _per_row(value, x))
+    strike(profile.brightness, lambda x, factor: x * _per_row(factor, x))
+    strike(profile.contrast, _contrast)
+    strike(profile.low_resolution, lambda x, f: _along(x, axes, f[:, :1].expand_as(f), _coarsening))
+    strike(profile.inverted_gamma, lambda x, exponent: -_gamma(-x, exponent))
+    strike(profile.gamma, _gamma)
     return image, label
 
 
-_Draw = Callable[[Effect, torch.Tensor], torch.Tensor]
-
-
-def _uniform(effect: Effect, u: torch.Tensor) -> torch.Tensor:
-    """Uniform in the range of `effect`, from u uniform in [0, 1)."""
+def _drawn(effect: Effect, u: torch.Tensor) -> torch.Tensor:
+    """Strengths of `effect` by its distribution, from u uniform in [0, 1)."""
+    if effect.draw == "normal":
+        deviations = torch.special.ndtri(u.double().clamp(min=1e-7)).to(u.dtype)
+        return (effect.low + effect.high) / 2 + (effect.high - effect.low) / 2 * deviations
+    if effect.draw == "balanced" and effect.low < 1 < effect.high:
+        side = 2 * u - 1
+        return 1 + torch.where(side < 0, side * (1 - effect.low), side * (effect.high - 1))
     return effect.low + (effect.high - effect.low) * u
-
-
-def _around_one(effect: Effect, u: torch.Tensor) -> torch.Tensor:
-    """As often below 1 as above, uniform on either side, from u uniform in [0, 1) (nnU-Net's draw for factors)."""
-    if not effect.low < 1 < effect.high:
-        return _uniform(effect, u)
-    side = 2 * u - 1
-    return 1 + torch.where(side < 0, side * (1 - effect.low), side * (effect.high - 1))
 
 
 def _check(image: torch.Tensor, label: torch.Tensor, patch: tuple[int, ...], spacing: Sequence[float]) -> None:
@@ -197,13 +225,13 @@ def _check(image: torch.Tensor, label: torch.Tensor, patch: tuple[int, ...], spa
         raise ValueError(f"image {tuple(image.shape)} is smaller than patch_size {patch}")
 
 
-def _planar(spacing: Sequence[float]) -> bool:
+def _planar(spacing: Sequence[float], profile: AugmentationProfile) -> bool:
     """Whether rotation and scaling stay within slices: in 2D, and in volumes of thick slices (across axis 0)."""
-    return len(spacing) == 2 or spacing[0] > THICK_SLICES * min(spacing[1:])
+    return len(spacing) == 2 or (profile.thick_slices_stay and spacing[0] > THICK_SLICES * min(spacing[1:]))
 
 
 def _rotation(patch: tuple[int, ...], spacing: Sequence[float], profile: AugmentationProfile) -> Effect:
-    if not _planar(spacing):
+    if not _planar(spacing, profile):
         return profile.rotation
     short, long = sorted(p * s for p, s in zip(patch[-2:], spacing[-2:], strict=True))
     rotation = profile.rotation_in_plane
@@ -213,11 +241,14 @@ def _rotation(patch: tuple[int, ...], spacing: Sequence[float], profile: Augment
     return rotation.model_copy(update={"low": low, "high": high})
 
 
-def _matrices(degrees: torch.Tensor, scale: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:
+def _matrices(
+    degrees: torch.Tensor, scales: torch.Tensor, shears: torch.Tensor, spacing: Sequence[float]
+) -> torch.Tensor:
     """(n, k, k) float64: from an offset in the patch to the offset in the source, both in voxels.
 
     degrees (n, 1) turns and scales within slices, with k = 2 or 3 axes; degrees (n, 3) turns about each axis of a
-    volume. Turning happens in millimetres, so that things keep their shape whatever the spacing.
+    volume. Before, scales (n, k) stretches each axis, then shears (n, 2) slants the last two, each along the other. All
+    that happens in millimetres, so that things keep their shape whatever the spacing.
     """
     n, k = len(degrees), len(spacing)
     turn = torch.eye(k, dtype=torch.float64).repeat(n, 1, 1)
@@ -228,11 +259,13 @@ def _matrices(degrees: torch.Tensor, scale: torch.Tensor, spacing: Sequence[floa
         step[:, i, i] = step[:, j, j] = angle.cos()
         step[:, i, j], step[:, j, i] = -angle.sin(), angle.sin()
         turn = turn @ step
+    slant = torch.eye(k, dtype=torch.float64).repeat(n, 1, 1)
+    slant[:, k - 2, k - 1], slant[:, k - 1, k - 2] = shears.double().unbind(1)
     mm = torch.tensor(spacing, dtype=torch.float64)
-    scales = scale.double()[:, None].repeat(1, k)
+    scales = scales.double().clone()
     if k == 3 and degrees.shape[1] == 1:
         scales[:, 0] = 1
-    return turn * mm / mm[:, None] * scales[:, None]
+    return (turn @ slant) * mm / mm[:, None] * scales[:, None]
 
 
 def _move(
@@ -243,25 +276,34 @@ def _move(
     profile: AugmentationProfile,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate, scale and mirror: samples that are neither rotated nor scaled are cropped, the others resampled once."""
+    """Rotate, scale, shear, mirror: samples that are at most mirrored are cropped, the others resampled once."""
     batch, dimensions = image.shape[0], len(patch)
-    planar = _planar(spacing)
+    planar = _planar(spacing, profile)
     rotation = _rotation(patch, spacing, profile)
     rotated = torch.rand(batch, generator=generator) < rotation.probability
-    degrees = _uniform(rotation, torch.rand(batch, 1 if planar else 3, generator=generator)) * rotated[:, None]
+    degrees = _drawn(rotation, torch.rand(batch, 1 if planar else 3, generator=generator)) * rotated[:, None]
     scaled = torch.rand(batch, generator=generator) < profile.scaling.probability
-    scale = torch.where(scaled, _uniform(profile.scaling, torch.rand(batch, generator=generator)), 1.0)
+    if profile.moves_together:
+        scaled = rotated
+    drawn = torch.rand(batch, dimensions if profile.scaling_per_axis else 1, generator=generator)
+    scales = torch.where(scaled[:, None], _drawn(profile.scaling, drawn), 1.0).expand(batch, dimensions)
+    sheared, shears = torch.zeros(batch, dtype=torch.bool), torch.zeros(batch, 2)
+    if profile.shear.probability:
+        sheared = torch.rand(batch, generator=generator) < profile.shear.probability
+        sheared = rotated if profile.moves_together else sheared
+        shears = _drawn(profile.shear, torch.rand(batch, 2, generator=generator)) * sheared[:, None]
     axes = range(dimensions) if profile.mirror_axes is None else profile.mirror_axes
     mirrored = torch.zeros(batch, dimensions, dtype=torch.bool)
-    mirrored[:, list(axes)] = torch.rand(batch, len(axes), generator=generator) < profile.mirror_probability
+    mirror_probability = torch.tensor(profile.mirror_probability)  # of each axis, or of all
+    mirrored[:, list(axes)] = torch.rand(batch, len(axes), generator=generator) < mirror_probability
 
     out_image = image.new_empty((*image.shape[:2], *patch), dtype=torch.float32)
     out_label = label.new_empty((batch, *patch), dtype=torch.int64)
     crop = tuple(slice((s - p) // 2, (s - p) // 2 + p) for s, p in zip(image.shape[2:], patch, strict=True))
-    resampled = rotated | scaled
+    resampled = rotated | scaled | sheared
     if resampled.any():
         index = resampled.nonzero().flatten()
-        matrices = _matrices(degrees[index], scale[index], spacing)
+        matrices = _matrices(degrees[index], scales[index], shears[index], spacing)
         index = index.to(image.device)
         out_image[index], out_label[index] = _resample(image, label, index, patch, matrices, planar)
     for b in range(batch):

@@ -53,7 +53,7 @@ class Fingerprint(BaseModel):
     intensities: tuple[IntensityStatistics, ...]
 
 
-def nonzero_box(image: NDArray[np.float32]) -> tuple[slice, slice, slice]:
+def nonzero_box(image: NDArray[np.generic]) -> tuple[slice, slice, slice]:
     """The smallest box around the voxels of (C, Z, Y, X) that are not zero in every channel; all of an empty scan."""
     mask = (image != 0).any(axis=0)
     if not mask.any():

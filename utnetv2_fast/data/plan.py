@@ -7,16 +7,29 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, model_validator
 
 from utnetv2_fast.data.dataset import Dataset
 from utnetv2_fast.data.fingerprint import Fingerprint, IntensityStatistics
 from utnetv2_fast.data.resample import ANISOTROPY_THRESHOLD
+from utnetv2_fast.errors import InputError
 
-__all__ = ["Dimensions", "IntensityStatistics", "Normalisation", "PatchPlan", "Plan", "make_plan", "plan_patch"]
+__all__ = [
+    "Dimensions",
+    "IntensityStatistics",
+    "IntensityWindow",
+    "Normalisation",
+    "PatchPlan",
+    "Plan",
+    "Preparation",
+    "make_plan",
+    "plan_patch",
+]
 
 Dimensions = Literal[2, 3]
-Normalisation = Literal["ct", "zscore", "zscore_nonzero"]
+Normalisation = Literal["ct", "zscore", "zscore_nonzero", "percentile_98"]
+Resampling = Literal["nnunet", "nearest_across"]
+Crop = Literal["nonzero", "none", "label"]
 
 NUM_SCALES = 4
 # An axis is halved while it has this many voxels (nnU-Net: no feature map below 4).
@@ -27,6 +40,44 @@ _SMALLEST_HALVED = 8
 _COMPARABLE_SPACING = sqrt(2)
 # nnU-Net starts from a cube of 256^3 voxels where it ends near 128^3, so that the median shape clips it first.
 _INITIAL_EXCESS = 8
+
+
+class IntensityWindow(BaseModel):
+    """What CT is clipped to, then centred on and divided by, in HU."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    low: float
+    high: float
+    mean: float
+    std: PositiveFloat
+
+
+class Preparation(BaseModel):
+    """How scans are made ready, as far as nnU-Net's rules do not decide it: the defaults are those rules."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    spacing: tuple[PositiveFloat | None, PositiveFloat, PositiveFloat] | None = Field(
+        default=None, description="mm along (Z, Y, X), null along Z where a 2D network leaves slices as they are"
+    )
+    normalisation: Literal["nnunet", "percentile_98"] = Field(
+        default="nnunet", description="of channels other than CT; percentile_98: clipped to [0, p98], divided by p98"
+    )
+    window: IntensityWindow | None = Field(default=None, description="of CT; null: of the foreground of all cases")
+    resampling: Resampling = Field(
+        default="nnunet", description="nearest_across: images by cubic splines in slices, all else by nearest voxels"
+    )
+    crop: Crop = Field(default="nonzero", description="label: to the box of the reference label map, a leak")
+    label_context: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | None = Field(
+        default=None, description="voxels (D, H, W) kept around the box of the labels where crop is label"
+    )
+
+    @model_validator(mode="after")
+    def _label_crop_has_context(self) -> Preparation:
+        if self.crop == "label" and self.label_context is None:
+            raise ValueError("crop: label needs label_context")
+        return self
 
 
 class Plan(BaseModel):
@@ -47,6 +98,9 @@ class Plan(BaseModel):
     median_shape: tuple[int, int, int]
     normalisation: tuple[Normalisation, ...]
     intensities: tuple[IntensityStatistics, ...]
+    resampling: Resampling = "nnunet"
+    crop: Crop = "nonzero"
+    label_context: tuple[int, int, int] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -63,11 +117,24 @@ class PatchPlan(BaseModel):
     kernel_sizes: tuple[tuple[int, ...], ...]
 
 
-def make_plan(dataset: Dataset, fingerprint: Fingerprint, dimensions: Dimensions) -> Plan:
-    """nnU-Net's plan: target spacing, axis order, normalisation (ExperimentPlanner)."""
+_BY_RULE = Preparation()
+
+
+def make_plan(
+    dataset: Dataset, fingerprint: Fingerprint, dimensions: Dimensions, preparation: Preparation = _BY_RULE
+) -> Plan:
+    """nnU-Net's plan (ExperimentPlanner) with what `preparation` decides otherwise.
+
+    Raises InputError when its spacing leaves Z open for a 3D network.
+    """
     spacings = np.array([case.spacing for case in fingerprint.cases.values()])
     shapes = np.array([case.shape for case in fingerprint.cases.values()])
     target = _target_spacing(spacings, shapes)
+    if preparation.spacing is not None:
+        z, y, x = preparation.spacing
+        if z is None and dimensions == 3:
+            raise InputError(f"The spacing [null, {y:g}, {x:g}] is for 2D networks; give it along Z for a 3D one.")
+        target = np.array([np.inf if z is None else z, y, x])
     coarsest = int(np.argmax(target))
     axes = [coarsest, *(axis for axis in range(3) if axis != coarsest)]
     spacing = target[axes].tolist()
@@ -76,6 +143,11 @@ def make_plan(dataset: Dataset, fingerprint: Fingerprint, dimensions: Dimensions
         new_shapes[:, 0] = shapes[:, coarsest]
     cropped_much = np.median([case.relative_size for case in fingerprint.cases.values()]) < 3 / 4
     d, h, w = (max(1, round(size)) for size in np.median(new_shapes, axis=0).tolist())
+    by_rule: Normalisation = "zscore_nonzero" if cropped_much else "zscore"
+    otherwise = by_rule if preparation.normalisation == "nnunet" else preparation.normalisation
+    normalisation: list[Normalisation] = [
+        "ct" if channel.lower() == "ct" else otherwise for channel in dataset.channels
+    ]
     return Plan(
         dataset=dataset.name,
         dimensions=dimensions,
@@ -84,12 +156,23 @@ def make_plan(dataset: Dataset, fingerprint: Fingerprint, dimensions: Dimensions
         axes=(axes[0], axes[1], axes[2]),
         spacing=(None if dimensions == 2 else spacing[0], spacing[1], spacing[2]),
         median_shape=(d, h, w),
-        normalisation=tuple(
-            "ct" if channel.lower() == "ct" else "zscore_nonzero" if cropped_much else "zscore"
-            for channel in dataset.channels
+        normalisation=tuple(normalisation),
+        intensities=tuple(
+            _windowed(known, preparation.window) if kind == "ct" else known
+            for known, kind in zip(fingerprint.intensities, normalisation, strict=True)
         ),
-        intensities=fingerprint.intensities,
+        resampling=preparation.resampling,
+        crop=preparation.crop,
+        label_context=preparation.label_context if preparation.crop == "label" else None,
     )
+
+
+def _windowed(known: IntensityStatistics, window: IntensityWindow | None) -> IntensityStatistics:
+    """The statistics that CT is normalised by: those of `window`, if there is one."""
+    if window is None:
+        return known
+    given = {"percentile_00_5": window.low, "percentile_99_5": window.high, "mean": window.mean, "std": window.std}
+    return known.model_copy(update=given)
 
 
 def plan_patch(plan: Plan, input_size: tuple[int, ...]) -> PatchPlan:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from utnetv2_fast.data.dataset import Case, Dataset
 from utnetv2_fast.data.fingerprint import Fingerprint, compute_fingerprint
 from utnetv2_fast.data.nifti import read_label, read_scan
-from utnetv2_fast.data.plan import Dimensions, Plan, make_plan
+from utnetv2_fast.data.plan import Dimensions, Plan, Preparation, make_plan
 from utnetv2_fast.data.preprocess import preprocess_image, preprocess_label
 from utnetv2_fast.data.threads import map_in_threads
 from utnetv2_fast.errors import InputError
@@ -30,6 +30,7 @@ Model = TypeVar("Model", bound=BaseModel)
 _FORMAT = 1
 _FOREGROUND_PER_CLASS = 10_000
 _SEED = 1234
+_BY_RULE = Preparation()
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class PreparedCase:
     image_file: Path
     label_file: Path
     foreground_file: Path
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)  # of `Case`
 
     def image(self) -> NDArray[np.float16]:
         """(C, D, H, W) float16, memory-mapped."""
@@ -76,7 +78,7 @@ class Prepared:
             raise InputError(
                 f"{folder}: holds another version's or a damaged {error.title}; prepare it anew."
             ) from None
-        cases = (_prepared_case(folder, record.name, record.patient) for record in records)
+        cases = (_prepared_case(folder, record.name, record.patient, record.metadata) for record in records)
         return cls(folder, plan, tuple(sorted(cases, key=lambda case: case.name)))
 
 
@@ -101,12 +103,22 @@ class _StoredFingerprint(BaseModel):
     fingerprint: Fingerprint
 
 
-def default_folder(dataset: Dataset, dimensions: Dimensions) -> Path:
-    """Where a dataset's prepared cases go when nobody says: `prepared/FOLDER-2d` in the working directory."""
-    return Path("prepared") / f"{dataset.folder.resolve().name}-{dimensions}d"
+def default_folder(dataset: Dataset, dimensions: Dimensions, preparation: Preparation = _BY_RULE) -> Path:
+    """Where a dataset's prepared cases go when nobody says: `prepared/FOLDER-2d` in the working directory.
+
+    A preparation of its own has a folder of its own, `prepared/FOLDER-2d-1a2b3c4d`.
+    """
+    own = "" if preparation == _BY_RULE else f"-{_digest(preparation.model_dump(mode='json'))[:8]}"
+    return Path("prepared") / f"{dataset.folder.resolve().name}-{dimensions}d{own}"
 
 
-def prepare(dataset: Dataset, folder: Path, dimensions: Dimensions, track: Track = silent) -> Prepared:
+def prepare(
+    dataset: Dataset,
+    folder: Path,
+    dimensions: Dimensions,
+    track: Track = silent,
+    preparation: Preparation = _BY_RULE,
+) -> Prepared:
     """Verify `dataset`, plan it and store every case under `folder`; only what changed since the last time is done.
 
     A file counts as changed when its size or its modification time does. Stopped at any point, the work goes on
@@ -116,7 +128,7 @@ def prepare(dataset: Dataset, folder: Path, dimensions: Dimensions, track: Track
     folder = Path(folder)
     _refuse_foreign(folder, dataset, dimensions)
     fingerprint = _fingerprint(dataset, folder / "fingerprint.json", track)
-    plan = make_plan(dataset, fingerprint, dimensions)
+    plan = make_plan(dataset, fingerprint, dimensions, preparation)
     recipe = _recipe(plan)
     records = {
         case.name: _Record(
@@ -172,7 +184,11 @@ def _fingerprint(dataset: Dataset, file: Path, track: Track) -> Fingerprint:
 def _recipe(plan: Plan) -> str:
     """Digest of what the stored arrays depend on; statistics of channels that are standardised per scan are not."""
     fixed = [i.model_dump() for i, kind in zip(plan.intensities, plan.normalisation, strict=True) if kind == "ct"]
-    return _digest([_FORMAT, plan.dimensions, plan.axes, plan.spacing, plan.normalisation, fixed])
+    rules = [plan.resampling, plan.crop, plan.label_context]
+    by_rule = rules == ["nnunet", "nonzero", None]  # as it was before there were others
+    return _digest(
+        [_FORMAT, plan.dimensions, plan.axes, plan.spacing, plan.normalisation, fixed, *([] if by_rule else rules)]
+    )
 
 
 def _sources(cases: Iterable[Case]) -> str:
@@ -193,9 +209,9 @@ def _stored(kind: type[Model], file: Path) -> Model | None:
         return None
 
 
-def _prepared_case(folder: Path, name: str, patient: str) -> PreparedCase:
+def _prepared_case(folder: Path, name: str, patient: str, metadata: Mapping[str, str]) -> PreparedCase:
     image, label, foreground = (folder / "cases" / f"{name}.{part}.npy" for part in ("image", "label", "foreground"))
-    return PreparedCase(name, patient, image, label, foreground)
+    return PreparedCase(name, patient, image, label, foreground, metadata)
 
 
 def _record_file(folder: Path, name: str) -> Path:
@@ -203,7 +219,7 @@ def _record_file(folder: Path, name: str) -> Path:
 
 
 def _remove_case(folder: Path, name: str) -> None:
-    case = _prepared_case(folder, name, patient="")
+    case = _prepared_case(folder, name, patient="", metadata={})
     for file in (_record_file(folder, name), case.image_file, case.label_file, case.foreground_file):
         file.unlink(missing_ok=True)
 
@@ -211,9 +227,10 @@ def _remove_case(folder: Path, name: str) -> None:
 def _store_case(case: Case, folder: Path, plan: Plan, record: _Record) -> None:
     if case.label is None:
         raise ValueError(f"case {case.name} has no label map")
-    stored = _prepared_case(folder, case.name, case.patient)
-    image, geometry = preprocess_image(read_scan(case.images, len(plan.channels)), plan)
-    label = preprocess_label(read_label(case.label)[0], geometry, plan)
+    stored = _prepared_case(folder, case.name, case.patient, case.metadata)
+    reference, _ = read_label(case.label)
+    image, geometry = preprocess_image(read_scan(case.images, len(plan.channels)), plan, reference)
+    label = preprocess_label(reference, geometry, plan)
     largest = np.finfo(np.float16).max
     _save(stored.image_file, image.clip(-largest, largest).astype(np.float16))
     _save(stored.label_file, label)

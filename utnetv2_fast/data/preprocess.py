@@ -12,7 +12,7 @@ from scipy import ndimage
 from utnetv2_fast.data.fingerprint import IntensityStatistics, nonzero_box
 from utnetv2_fast.data.nifti import Scan
 from utnetv2_fast.data.plan import Normalisation, Plan
-from utnetv2_fast.data.resample import resample_argmax, resample_image, resample_label
+from utnetv2_fast.data.resample import resample_argmax, resample_image, resample_label, resample_nearest
 
 Spacing = tuple[float, float, float]
 Shape = tuple[int, int, int]
@@ -50,35 +50,41 @@ def target_shape(geometry: Geometry, plan: Plan) -> Shape:
     return d, h, w
 
 
-def preprocess_image(scan: Scan, plan: Plan) -> tuple[NDArray[np.float32], Geometry]:
-    """Permute, crop to the non-zero box, normalise, resample, in nnU-Net's order: -> (C, D, H, W) float32, geometry.
+def preprocess_image(
+    scan: Scan, plan: Plan, label: NDArray[np.uint8] | None = None
+) -> tuple[NDArray[np.float32], Geometry]:
+    """Permute, crop, normalise, resample, in nnU-Net's order: -> (C, D, H, W) float32, geometry.
 
-    Raises ValueError when the scan has not the plan's channels.
+    Cropped is to the non-zero box, unless the plan says otherwise. Only a plan that crops by the label looks at `label`
+    (Z, Y, X), and without one leaves the scan whole. Raises ValueError when the scan has not the plan's channels.
     """
     if len(scan.image) != len(plan.channels):
         raise ValueError(f"a scan of {len(scan.image)} channels for a plan of {len(plan.channels)}")
     image = scan.image.transpose(0, *(1 + axis for axis in plan.axes))  # (C, D, H, W)
-    d, h, w = nonzero_box(image)
     z, y, x = scan.image.shape[1:]
     depth, height, width = (scan.grid.spacing[axis] for axis in plan.axes)
+    if plan.crop == "nonzero":
+        d, h, w = nonzero_box(image)
+    elif plan.crop == "label" and label is not None:
+        d, h, w = _label_box(label.transpose(plan.axes), (depth, height, width), plan)
+    else:
+        d, h, w = (slice(0, size) for size in image.shape[1:])
     geometry = Geometry(
         scan_shape=(z, y, x),
         crop=((d.start, d.stop), (h.start, h.stop), (w.start, w.stop)),
         cropped_spacing=(depth, height, width),
     )
     image = _normalise(image[:, d, h, w], plan.normalisation, plan.intensities)
-    resampled = resample_image(
-        image, target_shape(geometry, plan), geometry.cropped_spacing, target_spacing(geometry, plan)
-    )
-    return resampled, geometry
+    shape, spacing = target_shape(geometry, plan), target_spacing(geometry, plan)
+    return resample_image(image, shape, geometry.cropped_spacing, spacing, _separate(plan)), geometry
 
 
 def preprocess_label(label: NDArray[np.uint8], geometry: Geometry, plan: Plan) -> NDArray[np.uint8]:
     """The label map (Z, Y, X) of a scan on the grid that `preprocess_image` gave its image: (D, H, W) uint8."""
-    cropped = label.transpose(plan.axes)[geometry.box]
-    return resample_label(
-        cropped, target_shape(geometry, plan), geometry.cropped_spacing, target_spacing(geometry, plan)
-    )
+    cropped, shape = label.transpose(plan.axes)[geometry.box], target_shape(geometry, plan)
+    if plan.resampling == "nearest_across":
+        return resample_nearest(cropped, shape)
+    return resample_label(cropped, shape, geometry.cropped_spacing, target_spacing(geometry, plan))
 
 
 def restore_label(probabilities: torch.Tensor, geometry: Geometry, plan: Plan) -> NDArray[np.uint8]:
@@ -95,10 +101,33 @@ def restore_label(probabilities: torch.Tensor, geometry: Geometry, plan: Plan) -
     return label
 
 
+def _separate(plan: Plan) -> int | None:
+    """The axis along which images take the nearest slice whatever the spacings are."""
+    return 0 if plan.resampling == "nearest_across" else None
+
+
+def _label_box(label: NDArray[np.uint8], spacing: Spacing, plan: Plan) -> tuple[slice, slice, slice]:
+    """The box of the foreground of `label` (D, H, W) and the plan's context around it, inside the scan.
+
+    The context counts voxels of the plan's grid. A label map without foreground leaves the scan whole.
+    """
+    assert plan.label_context is not None
+    around = []
+    box = nonzero_box(label[None])
+    for part, size, own, new, context in zip(box, label.shape, spacing, plan.spacing, plan.label_context, strict=True):
+        margin = round(context * (own if new is None else new) / own)
+        around.append(slice(max(0, part.start - margin), min(size, part.stop + margin)))
+    d, h, w = around
+    return d, h, w
+
+
 def _normalise(
     image: NDArray[np.float32], schemes: tuple[Normalisation, ...], statistics: tuple[IntensityStatistics, ...]
 ) -> NDArray[np.float32]:
-    """Per channel: CT by the dataset's clip, mean and deviation; else to zero mean and unit deviation of the scan."""
+    """Per channel: CT by the dataset's clip, mean and deviation; else to zero mean and unit deviation of the scan.
+
+    "percentile_98" instead clips to [0, p98] and divides by p98, the scan's 98th percentile (the authors' code, MR).
+    """
     result = np.empty_like(image, order="C")
     inside = None
     if "zscore_nonzero" in schemes:
@@ -108,6 +137,9 @@ def _normalise(
             out[...] = (channel.clip(known.percentile_00_5, known.percentile_99_5) - known.mean) / max(known.std, 1e-8)
         elif scheme == "zscore":
             out[...] = _standardised(channel)
+        elif scheme == "percentile_98":
+            highest = max(float(np.percentile(channel, 98)), 1e-8) if channel.size else 1.0
+            out[...] = channel.clip(0, highest) / np.float32(highest)
         else:
             out[...] = 0
             out[inside] = _standardised(channel[inside])

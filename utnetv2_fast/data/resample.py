@@ -33,14 +33,18 @@ def nearest_indices(size: int, new_size: int) -> NDArray[np.intp]:
 
 
 def resample_image(
-    image: NDArray[np.float32], shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
+    image: NDArray[np.float32],
+    shape: Sequence[int],
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    separate: int | None = None,
 ) -> NDArray[np.float32]:
     """Cubic splines, clipped to the range of the input: (C, D, H, W) float32 -> (C, *shape) float32.
 
     The same numbers as `skimage.transform.resize(order=3, mode="edge", anti_aliasing=False)`, per slice when an axis
-    is separate (nnU-Net's order 3 in the plane, order 0 across).
+    is separate (nnU-Net's order 3 in the plane, order 0 across). `separate` names that axis whatever the spacings are.
     """
-    axis = _slicing_axis(image.shape[1:], shape, spacing, new_spacing)
+    axis = _slicing_axis(image.shape[1:], shape, spacing, new_spacing) if separate is None else separate
     result = np.empty((len(image), *shape), dtype=np.float32)
     for channel, out in zip(image, result, strict=True):
         if axis is None:
@@ -67,6 +71,12 @@ def resample_label(
     classes = torch.unique(tensor)
     winner = resample_argmax([tensor == value for value in classes], shape, spacing, new_spacing)
     return np.asarray(classes[winner.int()].numpy())
+
+
+def resample_nearest(label: NDArray[np.uint8], shape: Sequence[int]) -> NDArray[np.uint8]:
+    """The nearest voxel: (D, H, W) -> shape."""
+    indices = (nearest_indices(old, new) for old, new in zip(label.shape, shape, strict=True))
+    return np.ascontiguousarray(label[np.ix_(*indices)])
 
 
 def resample_argmax(

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from utnetv2_fast.data.prepare import Prepared
+from utnetv2_fast.data.prepare import Prepared, PreparedCase
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.files import write_text_atomically
 
 FOLDS = 5
+
+
+class SplitRules(BaseModel):
+    """How cases are divided into training and validation.
+
+    `held_out` and `left_out` name cases by columns of `cases.csv`: those that have one of the values in every column.
+    With `held_out` there is one fold, whose validation they are. Who is left out is in no fold.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folds: int = Field(default=FOLDS, ge=2)
+    scheme: Literal["even", "authors"] = Field(
+        default="even", description="authors: their shuffle; what is left over after equal folds is always trained on"
+    )
+    held_out: dict[str, tuple[str, ...]] | None = None
+    left_out: dict[str, tuple[str, ...]] | None = None
 
 
 class Split(TypedDict):
@@ -25,37 +43,91 @@ class Split(TypedDict):
     val: list[str]
 
 
+_EVEN = SplitRules()
+
+
 def make_splits(patients: Mapping[str, str], folds: int = FOLDS, seed: int = 12345) -> list[Split]:
     """Divide cases ({case: patient}) into `folds` parts without dividing a patient; fewer parts for fewer patients.
 
     The folds differ by at most one patient. Raises InputError for a single patient.
     """
+    names = _patients(patients)
+    shuffled = np.random.default_rng(seed).permutation(names)
+    held_out = [set(part.tolist()) for part in np.array_split(shuffled, min(folds, len(names)))]
+    return [_split(patients, held) for held in held_out]
+
+
+def make_splits_as_the_authors(patients: Mapping[str, str], folds: int = FOLDS) -> list[Split]:
+    """The folds of the authors' code: patients shuffled by Python's `random` with seed 0, N // folds of them in each.
+
+    The N mod folds patients that remain are trained on in every fold. The authors shuffle a list whose order is that of
+    the file system; here it is sorted first. Fewer folds for fewer patients; InputError for a single one.
+    """
+    names = _patients(patients)
+    folds = min(folds, len(names))
+    random.Random(0).shuffle(names)
+    size = len(names) // folds
+    held_out = [set(names[fold * size : (fold + 1) * size]) for fold in range(folds)]
+    return [_split(patients, held) for held in held_out]
+
+
+def split_by_metadata(cases: Sequence[PreparedCase], held_out: Mapping[str, Sequence[str]]) -> Split:
+    """One fold: the cases with one of the given values in every given column of `cases.csv` are held out.
+
+    Raises InputError when none has, or all have.
+    """
+    held = {case.patient for case in cases if matches(case, held_out)}
+    if not held or held == {case.patient for case in cases}:
+        wanted = " and ".join(f"{column} {' or '.join(values)}" for column, values in held_out.items())
+        raise InputError(
+            f"{'All' if held else 'None'} of the {len(cases)} cases would be held out (by {wanted} in cases.csv); use "
+            "a dataset that has both."
+        )
+    return _split({case.name: case.patient for case in cases}, held)
+
+
+def matches(case: PreparedCase, wanted: Mapping[str, Sequence[str]] | None) -> bool:
+    """Whether a case has one of the wanted values in every column; None is wanted of nobody."""
+    return wanted is not None and all(case.metadata.get(column) in values for column, values in wanted.items())
+
+
+def _patients(patients: Mapping[str, str]) -> list[str]:
+    """Sorted; InputError when they cannot stand on two sides."""
     names = sorted(set(patients.values()))
     if len(names) < 2:
         raise InputError(
             f"{len(patients)} case(s) of one patient cannot be divided into training and validation; add patients."
         )
-    shuffled = np.random.default_rng(seed).permutation(names)
-    held_out = [set(part.tolist()) for part in np.array_split(shuffled, min(folds, len(names)))]
-    return [
-        Split(
-            train=sorted(case for case, patient in patients.items() if patient not in held),
-            val=sorted(case for case, patient in patients.items() if patient in held),
-        )
-        for held in held_out
-    ]
+    return names
 
 
-def load_or_make_splits(prepared: Prepared) -> list[Split]:
-    """The folds in `splits.json` of the prepared folder, which is written when there is none.
+def _split(patients: Mapping[str, str], held: Set[str]) -> Split:
+    return Split(
+        train=sorted(case for case, patient in patients.items() if patient not in held),
+        val=sorted(case for case, patient in patients.items() if patient in held),
+    )
+
+
+def _splits_by(rules: SplitRules, cases: Sequence[PreparedCase]) -> list[Split]:
+    if rules.held_out is not None:
+        return [split_by_metadata(cases, rules.held_out)]
+    patients = {case.name: case.patient for case in cases}
+    if rules.scheme == "authors":
+        return make_splits_as_the_authors(patients, rules.folds)
+    return make_splits(patients, rules.folds)
+
+
+def load_or_make_splits(prepared: Prepared, rules: SplitRules = _EVEN) -> list[Split]:
+    """The folds in `splits.json` of the prepared folder, which is written by `rules` when there is none.
 
     Raises InputError when an edited file is malformed, names a case that is not there, leaves one out of every fold,
     has an empty side, or a patient on both sides of a fold.
     """
-    patients = {case.name: case.patient for case in prepared.cases}
+    cases = [case for case in prepared.cases if not matches(case, rules.left_out)]
+    patients = {case.name: case.patient for case in cases}
     file = prepared.folder / "splits.json"
     if not file.exists():
-        splits = make_splits(patients)
+        splits = _splits_by(rules, cases)
         write_text_atomically(file, json.dumps(splits, indent=2))
         return splits
     try:
