@@ -33,7 +33,7 @@ from bench.shapes import ATTENTION, BATCHES, DEPTHWISE, Attention, Depthwise
 from utnetv2_fast.models import PRESETS, UTNetV2
 from utnetv2_fast.ops import bidirectional_attention, depthwise_conv, depthwise_separable_conv, explain
 from utnetv2_fast.ops.self_check import EXAMPLES, check
-from utnetv2_fast.training.config import default_training
+from utnetv2_fast.training import default_training
 from utnetv2_fast.training.losses import supervised_loss
 
 GPU = torch.device("cuda", 0)

@@ -26,8 +26,8 @@ from bench.measure import machine, seconds, table
 from utnetv2_fast import ops
 from utnetv2_fast.memory import keep_freed_memory
 from utnetv2_fast.models import PRESETS, UTNetV2
-from utnetv2_fast.training.config import default_training
-from utnetv2_fast.training.losses import supervised_loss
+from utnetv2_fast.training import default_training
+from utnetv2_fast.training.losses import expand_class_weights, supervised_loss
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -85,8 +85,7 @@ class Work:
         self.image = torch.randn(batch, 1, *size)
         self.label = torch.randint(classes, (batch, *size))
         settings = default_training(preset)
-        self.class_weights = torch.ones(classes)
-        self.class_weights[0] = settings.background_weight
+        self.class_weights = expand_class_weights(settings.class_weights, classes)
         self.auxiliary_weight, self.clip_norm = settings.auxiliary_weight, settings.clip_norm
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, eps=1e-5, weight_decay=settings.weight_decay

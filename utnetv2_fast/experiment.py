@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from utnetv2_fast.data.dataset import Dataset
 from utnetv2_fast.data.nifti import read_scan
@@ -26,12 +26,13 @@ from utnetv2_fast.errors import InputError
 from utnetv2_fast.evaluation.metrics import Evaluation, evaluate_files
 from utnetv2_fast.evaluation.tables import summarise, write_tables
 from utnetv2_fast.files import write_text_atomically
-from utnetv2_fast.inference.predict import Predictor, predict_files
+from utnetv2_fast.inference.held_out import predict_held_out, scored_files
+from utnetv2_fast.inference.predict import Predictor
 from utnetv2_fast.memory import peak_memory
 from utnetv2_fast.models import Preset, UTNetV2Config, get_preset
 from utnetv2_fast.progress import Track, silent
 from utnetv2_fast.run_report import complete_report, follow_training
-from utnetv2_fast.training import RunConfig, RunFolder, TrainingConfig, default_training, train
+from utnetv2_fast.training import Recipe, RunConfig, RunFolder, train
 from utnetv2_fast.training.loop import Progress, ignore_progress, never, training_dtype
 
 
@@ -48,67 +49,60 @@ def suggest_preset(dataset: Dataset, device: torch.device) -> str:
     return "tiny-2d" if thick else "tiny-3d"
 
 
-def configure(prepared: Prepared, data: Path, preset_name: str, fold: int, changes: dict[str, Any]) -> RunConfig:
-    """The configuration of a run: the preset fitted to the data, its training settings with `changes` applied.
+def configure(prepared: Prepared, data: Path, recipe: Recipe, fold: int) -> RunConfig:
+    """The configuration of a run: the recipe's network fitted to the data, and its settings.
 
     The cases of the fold become part of it: what was trained on stays out of the scores whatever becomes of the
     splits. Raises InputError when there is no such fold.
     """
-    preset, plan = get_preset(preset_name), prepared.plan
-    splits = load_or_make_splits(prepared)
+    preset, plan = get_preset(recipe.preset), prepared.plan
+    splits = load_or_make_splits(prepared, recipe.split)
     if not 0 <= fold < len(splits):
         raise InputError(f"There is no fold {fold}: {prepared.folder / 'splits.json'} has 0 to {len(splits) - 1}.")
-    patch = _patch(prepared, preset)
+    patch = _patch(prepared, preset, recipe.patch_size)
     fitted = {"scales": patch.scales, "kernel_sizes": patch.kernel_sizes} if preset.fits_data else {}
     fields = preset.fields | fitted | {"in_channels": len(plan.channels), "num_classes": plan.num_classes}
     return RunConfig(
-        preset=preset_name,
+        protocol=recipe.protocol,
+        preset=recipe.preset,
         data=str(data.resolve()),
         prepared=str(prepared.folder.resolve()),
         fold=fold,
         train_cases=tuple(splits[fold]["train"]),
         held_out_cases=tuple(splits[fold]["val"]),
+        preparation=recipe.preparation,
         plan=plan,
         patch_size=patch.patch_size,
         model=UTNetV2Config(**fields),
-        training=training_settings(preset_name, changes),
+        training=recipe.training,
+        evaluation=recipe.evaluation,
     )
 
 
-def training_settings(preset: str, changes: dict[str, Any]) -> TrainingConfig:
-    """The preset's settings with `changes` applied; InputError for values that they cannot take."""
-    try:
-        return TrainingConfig.model_validate(default_training(preset).model_dump() | changes)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{first['loc'][0]} cannot be {first['input']!r}: {first['msg']}.") from None
-
-
-def _patch(prepared: Prepared, preset: Preset) -> PatchPlan:
-    """By nnU-Net's rules for a preset that fits the data, else the preset's input no larger than the data need."""
+def _patch(prepared: Prepared, preset: Preset, patch_size: tuple[int, ...] | None) -> PatchPlan:
+    """By nnU-Net's rules for a preset that fits the data, else the size given or the preset's, as the data need."""
+    wanted = patch_size or preset.input_size
     if preset.fits_data:
-        return plan_patch(prepared.plan, preset.input_size)
+        return plan_patch(prepared.plan, wanted)
     scales, kernel_sizes = preset.fields["scales"], preset.fields["kernel_sizes"]
     stride = np.prod(scales, axis=0)
     median = np.array(prepared.plan.median_shape[-preset.dimensions :])
     covering = -(-median // stride) * stride
-    patch_size = np.minimum(preset.input_size, covering)
-    return PatchPlan(patch_size=tuple(patch_size.tolist()), scales=scales, kernel_sizes=kernel_sizes)
+    patch = np.minimum(wanted, covering)
+    return PatchPlan(patch_size=tuple(patch.tolist()), scales=scales, kernel_sizes=kernel_sizes)
 
 
-def new_runs(
-    prepared: Prepared, data: Path, preset: str, folds: Sequence[int] | None, out: Path, changes: dict[str, Any]
-) -> list[RunFolder]:
+def new_runs(prepared: Prepared, data: Path, recipe: Recipe, folds: Sequence[int] | None, out: Path) -> list[RunFolder]:
     """Configure runs that do not exist yet: of one fold in `out`, of several or (None) all in `out/fold-K`.
 
     Raises InputError when there are runs already, and for what `configure` refuses.
     """
     refuse_existing_runs(out)
     if folds is None:
-        folds = range(len(load_or_make_splits(prepared)))
+        folds = range(len(load_or_make_splits(prepared, recipe.split)))
     alone = len(folds) == 1
     runs = {fold: RunFolder(out if alone else out / f"fold-{fold}") for fold in folds}
-    configs = {fold: configure(prepared, data, preset, fold, changes) for fold in folds}
+    configs = {fold: configure(prepared, data, recipe, fold) for fold in folds}
     for fold, run in runs.items():
         run.write_config(configs[fold])
     return list(runs.values())
@@ -176,16 +170,26 @@ def run_fold(
         dtype = training_dtype(config.training, device)
         after_epoch = follow_training(run, validation_cases, device, dtype, tensorboard=tensorboard)
         model = train(run, train_cases, validation_cases, device, watch=watch, stop=stop, after_epoch=after_epoch)
-        predictor = Predictor([model], config.plan, config.patch_size, device, autocast=dtype)
+        if config.evaluation.weights == "best":
+            model = run.load_model("best").to(device)
+        predictor = Predictor(
+            [model],
+            config.plan,
+            config.patch_size,
+            device,
+            autocast=dtype,
+            weighting=config.evaluation.weighting,
+        )
         started = time.perf_counter()
-        predict_files(predictor, held_out, run.validation_folder, track, overwrite=True)
+        predict_held_out(predictor, held_out, run.validation_folder, config.evaluation.grid, track)
         run.record_resources(prediction_seconds=time.perf_counter() - started)
-    pairs = [(case.name, run.validation_folder / f"{case.name}.nii.gz", case.label) for case in held_out if case.label]
+    pairs = scored_files(held_out, run.validation_folder, config.evaluation.grid)
     started = time.perf_counter()
-    evaluation = evaluate_files(pairs, config.plan.labels, track)
+    evaluation = evaluate_files(pairs, config.plan.labels, track, missing_class=config.evaluation.missing_class)
+    evaluation = replace(evaluation, protocol=config.protocol, leaks=config.leaks)
     run.record_resources(scoring_seconds=time.perf_counter() - started, **peak_memory(device))
     write_tables(evaluation, run.validation_folder)
-    complete_report(run, dataset, evaluation)
+    complete_report(run, dataset, evaluation, pairs)
     write_text_atomically(run.scores_file, json.dumps(summarise(evaluation), indent=2))
     return evaluation
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,13 +54,15 @@ def follow_training(
     return after_epoch
 
 
-def complete_report(run: RunFolder, dataset: Dataset, evaluation: Evaluation) -> None:
-    """Write the pictures of the scored cases, and the report with its scores."""
-    files = {
-        case.name: CaseFiles(case.images, case.label, run.validation_folder / f"{case.name}.nii.gz")
-        for case in dataset.cases
-        if case.label is not None
-    }
+def complete_report(
+    run: RunFolder, dataset: Dataset, evaluation: Evaluation, pairs: Sequence[tuple[str, Path, Path]]
+) -> None:
+    """Write the pictures of the scored cases, and the report with its scores.
+
+    `pairs` are those that were scored: (case, prediction file, reference file).
+    """
+    images = {case.name: case.images for case in dataset.cases}
+    files = {name: CaseFiles(images[name], reference, prediction) for name, prediction, reference in pairs}
     cases = picture_cases(evaluation, files, dataset.channels)
     for case in cases:
         if case.picture is not None:
@@ -77,6 +80,7 @@ def _report(run: RunFolder, training: Training) -> Report:
         subtitle=f"{config.plan.dataset}: {config.preset}, fold {config.fold}, "
         f"{len(config.train_cases)} scans trained on, {len(config.held_out_cases)} held out",
         protocol=config.protocol,
+        leaks=config.leaks,
         training=training,
     )
 
@@ -115,7 +119,7 @@ def _settings(config: RunConfig) -> dict[str, str]:
         "Length": f"{training.epochs} epochs of {training.steps_per_epoch} steps",
         "Batch": f"{training.batch_size} patches",
         "Learning rate": f"{training.learning_rate:g}, {training.schedule}",
-        "Augmentation": training.augmentation,
+        "Augmentation": training.augmentation if isinstance(training.augmentation, str) else "its own, see below",
         "Precision": training.precision,
         "Seed": str(training.seed),
     }

@@ -23,6 +23,7 @@ import yaml
 from utnetv2_fast.cli import train
 from utnetv2_fast.data.dataset import read_dataset
 from utnetv2_fast.experiment import suggest_preset
+from utnetv2_fast.training import RunFolder
 from utnetv2_fast.training.loop import Progress
 
 Call = Callable[..., int]
@@ -94,7 +95,7 @@ def test_a_run_that_was_stopped_has_a_report_without_scores(
     def stop(*_: object, **__: object) -> None:
         raise StoppedError
 
-    monkeypatch.setattr("utnetv2_fast.experiment.predict_files", stop)
+    monkeypatch.setattr("utnetv2_fast.experiment.predict_held_out", stop)
     with pytest.raises(StoppedError):
         call("train", "--data", demo, *SHORT, "--out", "run")
     page = (place / "run" / "report.html").read_text(encoding="utf-8")
@@ -134,6 +135,60 @@ def test_compilation_is_asked_for(call: Call, demo: Path, place: Path, monkeypat
         assert len(compiled) == len(options)
 
 
+def test_the_paper_protocol_with_leaks_says_so_first(
+    call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    load = RunFolder.load_model
+    monkeypatch.setattr(
+        RunFolder, "load_model", lambda run, weights="last": asked.append(weights) or load(run, weights)
+    )
+    file = place / "mine.yaml"
+    file.write_text(
+        "preset: tiny-2d\npreparation: {spacing: [null, 2, 2], label_context: [1, 9, 9]}\n"
+        "training: {epochs: 9, steps_per_epoch: 2, batch_size: 2, learning_rate: 1.0e-3}\n"
+        "paper:\n  preparation: {normalisation: percentile_98, crop: none}\n  training: {dice: adaptive}\n"
+        "  evaluation: {missing_class: 500mm}\n  split: {scheme: authors}\n"
+    )
+    options = ("train", "--data", demo, "--recipe", file, "--epochs", 1)
+    assert call(*options, "--out", "clean", "--json") == 0
+    assert asked == []
+    leaks = ("--leak-best-epoch", "--leak-label-crop", "--leak-resampled-grid")
+    assert call(*options, "--protocol", "paper", *leaks, "--out", "leaking") == 0
+    assert asked == ["best"]
+    assert "With leaks: the epoch was chosen" in capsys.readouterr().out
+
+    clean, leaking = (json.loads((place / name / "scores.json").read_text()) for name in ("clean", "leaking"))
+    assert (clean["protocol"], clean["leaks"]) == ("clean", [])
+    assert leaking["protocol"] == "paper"
+    assert len(leaking["leaks"]) == 3
+    assert list(leaking)[:2] == ["protocol", "leaks"]
+    assert "500 mm" in leaking["missing_class_rule"]
+    assert json.loads((place / "leaking/validation/scores.json").read_text()) == leaking
+    body = (place / "leaking/report.html").read_text(encoding="utf-8").partition("<body>")[2]
+    assert body.split("</p>")[0].startswith(
+        '\n<p class="protocol leaks"><strong>Protocol: paper, with leaks: the epoch was chosen on the held-out scans, '
+    )
+    assert "Protocol: clean.</strong> Data and training" in (place / "clean/report.html").read_text(encoding="utf-8")
+
+    config = yaml.safe_load((place / "leaking/config.yaml").read_text())
+    assert (config["training"]["epochs"], config["training"]["dice"]) == (1, "adaptive")
+    assert config["plan"]["spacing"] == [None, 2.0, 2.0]
+    assert (config["plan"]["crop"], config["plan"]["normalisation"]) == ("label", ["percentile_98"])
+    assert len(list((place / "prepared").iterdir())) == 2  # each has its own
+    (place / "leaking/scores.json").unlink()
+    assert call("train", "--resume", "--out", "leaking") == 0
+    assert json.loads((place / "leaking/scores.json").read_text()) == leaking
+
+
+def test_a_recipe_by_name_is_overridden_by_options(call: Call, demo: Path, place: Path) -> None:
+    assert call("train", "--data", demo, "--recipe", "acdc-2d", *SHORT, "--out", "run") == 0
+    config = yaml.safe_load((place / "run/config.yaml").read_text())
+    assert (config["protocol"], config["preset"], config["training"]["batch_size"]) == ("clean", "tiny-2d", 2)
+    assert config["plan"]["spacing"] == [None, 1.5625, 1.5625]
+    assert config["training"]["learning_rate"] == 5e-4
+
+
 def test_all_folds_and_their_spread(call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "--data", demo, *SHORT, "--fold", "all", "--out", "runs", "--json") == 0
     result = json.loads(capsys.readouterr().out)
@@ -167,6 +222,10 @@ def test_a_dataset_whose_classes_changed_is_not_resumed(
         (("--precision", "int4"), "precision"),
         (("--seed", str(2**64)), "seed"),
         (("--out", "demo/dataset.json"), "is a file"),
+        (("--recipe", "acdc"), "no recipe 'acdc'"),
+        (("--recipe", "demo/dataset.yaml"), "no such recipe file"),
+        (("--leak-label-crop",), "needs a recipe with label_context"),
+        (("--protocol", "dirty"), "dirty"),
     ],
 )
 def test_wrong_options_are_one_sentence(
@@ -276,7 +335,17 @@ def test_a_run_killed_while_it_was_set_up_is_set_up_anew(
     assert sorted(json.loads(capsys.readouterr().out)["runs"]) == ["runs/fold-0", "runs/fold-1"]
 
 
-@pytest.mark.parametrize("arguments", [("--epochs", "3"), ("--fold", "1"), ("--preset", "tiny-2d")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--epochs", "3"),
+        ("--fold", "1"),
+        ("--preset", "tiny-2d"),
+        ("--recipe", "acdc-2d"),
+        ("--protocol", "paper"),
+        ("--leak-best-epoch",),
+    ],
+)
 def test_a_resumed_run_keeps_its_settings(
     call: Call, place: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:

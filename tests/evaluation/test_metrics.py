@@ -286,3 +286,18 @@ def test_what_cannot_be_scored_is_refused_by_name(tmp_path: Path) -> None:
 def test_an_impossible_tolerance_is_refused(tolerance: float) -> None:
     with pytest.raises(InputError, match="tolerance"):
         evaluate_files([], LABELS, tolerance=tolerance)
+
+
+def test_the_missing_class_rule_of_the_authors() -> None:
+    shape, spacing = (4, 10, 20), (400.0, 2.0, 1.0)
+    reference, prediction = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    labels = {"background": 0, "far": 1, "missed": 2, "made up": 3, "neither": 4}
+    reference[0, :3, :3] = prediction[3, :3, :3] = 1
+    reference[1, :3, :3] = 2
+    prediction[2, :3, :3] = 3
+    far, missed, made_up, neither = score_case("case", prediction, reference, spacing, labels, missing_class="500mm")
+    assert (far.dice, far.hd95) == (0, 500)
+    assert (missed.dice, missed.hd95, missed.nsd) == (0, 500, 0)
+    for score in (made_up, neither):
+        assert all(math.isnan(value) for value in (score.dice, score.hd95, score.nsd))
+    assert made_up.predicted_voxels == 9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,13 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "scores").write_text("")
     with pytest.raises(InputError, match="scores: a file"):
         write_tables(EVALUATION, tmp_path / "scores")
+
+
+def test_protocol_and_leaks_come_first_and_the_rule_is_the_one_that_held() -> None:
+    evaluation = replace(EVALUATION, protocol="paper", leaks=("it knew",), missing_class="500mm")
+    summary = summarise(evaluation)
+    assert list(summary)[:2] == ["protocol", "leaks"]
+    assert (summary["protocol"], summary["leaks"]) == ("paper", ["it knew"])
+    assert "500 mm" in summary["missing_class_rule"]
+    assert "diagonal" in summarise(EVALUATION)["missing_class_rule"]
+    assert "protocol" not in summarise(EVALUATION)

@@ -22,7 +22,7 @@ from utnetv2_fast.errors import InputError
 from utnetv2_fast.inference import predict as prediction
 from utnetv2_fast.inference.predict import Predictor, predict, predict_files
 from utnetv2_fast.models import UTNetV2
-from utnetv2_fast.training.config import default_training
+from utnetv2_fast.training.recipe import default_training
 from utnetv2_fast.training.run_folder import RunConfig, RunFolder
 
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from utnetv2_fast.data.augment import AugmentationProfile, Effect
 from utnetv2_fast.data.prepare import PreparedCase
 from utnetv2_fast.errors import RunError
 from utnetv2_fast.training import RunFolder, loop, train
@@ -141,3 +142,24 @@ def test_averaged_weights_keep_up_with_the_latest(make_run: MakeRun, cases: Case
             assert not torch.equal(averaged.state_dict()[name], latest), name
     [record] = run.read_metrics()
     assert record["dice"] > 0.5
+
+
+def test_batch_norms_of_averaged_weights_may_have_the_latest_statistics(make_run: MakeRun, cases: Cases) -> None:
+    """As in the authors' code, which averages weights and copies buffers."""
+    run = make_run(epochs=1, norm_statistics="latest", clip_norm=None, dice="adaptive", schedule="epochwise")
+    averaged = fit(run, cases)
+    state = torch.load(run.resume_file, weights_only=True)
+    statistics = [name for name in state["model"] if name.endswith("running_var")]
+    assert statistics
+    assert all(torch.equal(averaged.state_dict()[name], state["model"][name]) for name in statistics)
+
+
+def test_a_profile_of_ones_own_augments(make_run: MakeRun, cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    augment = loop.augment
+    monkeypatch.setattr(loop, "augment", lambda *given: seen.append(given[4]) or augment(*given))
+    profile = AugmentationProfile(shift=Effect(probability=1, low=3, high=3))
+    run = make_run(epochs=1, augmentation=profile)
+    assert run.config.training.augmentation == profile
+    fit(run, cases)
+    assert set(seen) == {profile}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import pytest
@@ -32,3 +33,22 @@ def test_the_authors_warm_up() -> None:
 
 def test_nothing_is_left_after_the_last_step_of_the_polynomial() -> None:
     assert learning_rate_factor(100, steps=100, warmup_steps=10, schedule="polynomial") == 0
+
+
+def test_the_authors_schedule_has_one_rate_per_epoch() -> None:
+    """The factors of their code (training/utils.py) for 200 epochs with a warm-up of five."""
+
+    def factor(step: int) -> float:
+        return learning_rate_factor(step, steps=2000, warmup_steps=50, schedule="epochwise", steps_per_epoch=10)
+
+    factors = [factor(step) for step in range(2000)]
+    epochs = factors[::10]
+    assert all(factors[10 * epoch : 10 * epoch + 10] == [rate] * 10 for epoch, rate in enumerate(epochs))
+    expected = [math.exp(10 * (epoch / 5 - 1)) if epoch <= 5 else (1 - epoch / 200) ** 0.9 for epoch in range(200)]
+    assert epochs == pytest.approx(expected)
+    assert epochs[:2] == pytest.approx([4.5e-5, 3.35e-4], rel=0.01)
+
+
+def test_without_warm_up_the_authors_schedule_begins_at_the_top() -> None:
+    first = learning_rate_factor(0, steps=20, warmup_steps=0, schedule="epochwise", steps_per_epoch=10)
+    assert first == 1

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, TextColumn
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from utnetv2_fast.data.dataset import Dataset
     from utnetv2_fast.progress import Track
     from utnetv2_fast.training.loop import Progress
+    from utnetv2_fast.training.recipe import Leak
 
 DEMO = Path("demo")
 
@@ -45,6 +46,23 @@ def train(
     preset: Annotated[
         str | None, typer.Option(help="Network: see `utnetv2-fast info`.", show_default="by slice thickness and device")
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="All settings: the name of a recipe, or FILE.yaml; options below override it."),
+    ] = None,
+    protocol: Annotated[
+        Literal["clean", "paper"] | None,
+        typer.Option(help="clean, or paper: as the authors' code does it.", show_default="the recipe's, or clean"),
+    ] = None,
+    leak_best_epoch: Annotated[
+        bool, typer.Option("--leak-best-epoch", help="Score the epoch that is best on the held-out scans.")
+    ] = False,
+    leak_label_crop: Annotated[
+        bool, typer.Option("--leak-label-crop", help="Crop all scans, held-out ones too, to their labels.")
+    ] = False,
+    leak_resampled_grid: Annotated[
+        bool, typer.Option("--leak-resampled-grid", help="Score on the network's grid, not on the scans' own.")
+    ] = False,
     fold: Annotated[str | None, typer.Option(help="Number of the fold to hold out, or all.", show_default="0")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder to write.", show_default="runs/DATASET-PRESET-foldK")
@@ -90,6 +108,8 @@ def train(
 
     utnetv2-fast train --data data/acdc --preset acdc-2d --fold all --out runs/acdc
 
+    utnetv2-fast train --data data/bcv --recipe bcv-3d --protocol paper --leak-label-crop
+
     utnetv2-fast train --resume --out runs/acdc
     """
     from utnetv2_fast.data.dataset import read_dataset
@@ -104,9 +124,9 @@ def train(
         run_fold,
         spread_over_folds,
         suggest_preset,
-        training_settings,
     )
     from utnetv2_fast.models import get_preset
+    from utnetv2_fast.training.recipe import change_training, load_recipe, recipe_for_preset, with_leaks
     from utnetv2_fast.training.tensorboard import require_tensorboard
 
     keep_freed_memory()
@@ -126,24 +146,38 @@ def train(
         seed=seed,
         checkpoint_minutes=checkpoint_minutes,
     )
+    switches: dict[Leak, bool] = {
+        "best-epoch": leak_best_epoch,
+        "label-crop": leak_label_crop,
+        "resampled-grid": leak_resampled_grid,
+    }
+    leaks = [leak for leak, on in switches.items() if on]
     if resume:
-        if out is None or changes or preset is not None or fold is not None:
+        if out is None or changes or any(given is not None for given in (preset, recipe, protocol, fold)) or leaks:
             raise InputError("--resume needs --out, and keeps the run's own settings: leave the others out.")
         runs = existing_runs(out)
         config = runs[0].config
         dataset = read_dataset(data or Path(config.data))
-        store = prepare_dataset(dataset, prepared or Path(config.prepared), config.plan.dimensions, track)
+        store = prepare_dataset(
+            dataset, prepared or Path(config.prepared), config.plan.dimensions, track, config.preparation
+        )
     else:
         folds = None if fold == "all" else [_fold_number(fold or "0")]
         dataset = read_dataset(data) if data is not None else _demo_dataset(track)
-        preset = preset or suggest_preset(dataset, target)
-        dimensions = get_preset(preset).dimensions
-        name = f"{dataset.folder.resolve().name}-{preset}-{'all' if folds is None else f'fold{folds[0]}'}"
+        if recipe is None:
+            settings = recipe_for_preset(preset or suggest_preset(dataset, target), protocol or "clean")
+        else:
+            settings = load_recipe(recipe, protocol)
+            if preset is not None:
+                settings = settings.model_copy(update={"preset": preset, "patch_size": None})
+        settings = with_leaks(change_training(settings, changes), leaks)
+        dimensions, preparation = get_preset(settings.preset).dimensions, settings.preparation
+        name = f"{dataset.folder.resolve().name}-{settings.preset}-{'all' if folds is None else f'fold{folds[0]}'}"
         out = out or Path("runs") / name
-        training_settings(preset, changes)
         refuse_existing_runs(out)
-        store = prepare_dataset(dataset, prepared or default_folder(dataset, dimensions), dimensions, track)
-        runs = new_runs(store, dataset.folder, preset, folds, out, changes)
+        folder = prepared or default_folder(dataset, dimensions, preparation)
+        store = prepare_dataset(dataset, folder, dimensions, track, preparation)
+        runs = new_runs(store, dataset.folder, settings, folds, out)
 
     evaluations = []
     for run in runs:
@@ -154,6 +188,8 @@ def train(
             )
         evaluations.append(evaluation)
         if not json:
+            if evaluation.leaks:
+                console.print(f"With leaks: {', '.join(evaluation.leaks)}.", highlight=False)
             console.print(score_table(evaluation))
     spread = spread_over_folds(evaluations)
     if json:

@@ -4,6 +4,9 @@ A class that is absent from both label maps of a case has no score there: NaN, l
 absent from only one of them was missed or made up: Dice 0, NSD 0, and as HD95 the diagonal of the scan. An infinite
 distance would end every mean, and leaving the case out would reward the failure; no distance in the scan exceeds its
 diagonal, so no segmentation is worth less than none.
+
+That is the rule "diagonal". The rule "500mm" is the authors' code: a class that the reference lacks has no score,
+whatever was predicted, and one that was missed has Dice 0, NSD 0 and, as no distance may exceed it, 500 mm.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import surface_distance
@@ -25,6 +29,10 @@ from utnetv2_fast.progress import Track, silent
 
 DEFAULT_TOLERANCE = 1.0
 """NSD's tolerance in mm: the Decathlon's for the hippocampus, and about a voxel of most scans."""
+
+MissingClass = Literal["diagonal", "500mm"]
+
+_LARGEST_DISTANCE = 500.0  # mm, of the rule "500mm"
 
 # Spacings come out of float32 headers; a surface one voxel of 1 mm away counts as within 1 mm all the same.
 _TOLERANCE_SLACK = 1e-4
@@ -57,13 +65,17 @@ class Evaluation:
     """The scores of all cases, foreground classes in the order of their values, at one NSD tolerance in mm.
 
     `confusion` counts the voxels of all cases by their class in the reference (row) and in the prediction (column),
-    background first; it is empty where nobody counted them.
+    background first; it is empty where nobody counted them. `protocol` names how the label maps came about, None where
+    nobody recorded it, and `leaks` what they know of the references.
     """
 
     labels: tuple[str, ...]
     tolerance: float
     scores: tuple[Score, ...]
     confusion: tuple[tuple[int, ...], ...] = ()
+    missing_class: MissingClass = "diagonal"
+    protocol: str | None = None
+    leaks: tuple[str, ...] = ()
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -101,6 +113,7 @@ def surface_scores(
     reference: NDArray[np.bool_],
     spacing: Sequence[float],
     tolerance: float = DEFAULT_TOLERANCE,
+    missing_class: MissingClass = "diagonal",
 ) -> tuple[float, float]:
     """(HD95 in mm, NSD) of two masks of one shape, 2D or 3D, with the spacing of their axes in mm.
 
@@ -109,12 +122,16 @@ def surface_scores(
     both surfaces that lies within `tolerance` mm of the other one. Both take the missing-class rule of this module.
     """
     predicted, expected = bool(prediction.any()), bool(reference.any())
-    if not predicted and not expected:
+    if not expected and (not predicted or missing_class == "500mm"):
         return math.nan, math.nan
+    if not predicted and missing_class == "500mm":
+        return _LARGEST_DISTANCE, 0.0
     if not predicted or not expected:
         return math.hypot(*(n * mm for n, mm in zip(reference.shape, spacing, strict=True))), 0.0
     distances = surface_distance.compute_surface_distances(reference, prediction, spacing)
     hd95 = surface_distance.compute_robust_hausdorff(distances, 95)
+    if missing_class == "500mm":
+        hd95 = min(hd95, _LARGEST_DISTANCE)
     nsd = surface_distance.compute_surface_dice_at_tolerance(distances, tolerance + _TOLERANCE_SLACK)
     return float(hd95), float(nsd)
 
@@ -126,6 +143,7 @@ def score_case(
     spacing: Sequence[float],
     labels: Mapping[str, int],
     tolerance: float = DEFAULT_TOLERANCE,
+    missing_class: MissingClass = "diagonal",
 ) -> list[Score]:
     """The scores of the foreground classes of two label maps (Z, Y, X) with spacing (z, y, x) in mm."""
     scores = []
@@ -133,8 +151,9 @@ def score_case(
         if value == 0:
             continue
         p, r = prediction == value, reference == value
-        hd95, nsd = surface_scores(p, r, spacing, tolerance)
-        scores.append(Score(case, label, dice(p, r), hd95, nsd, int(r.sum()), int(p.sum())))
+        hd95, nsd = surface_scores(p, r, spacing, tolerance, missing_class)
+        overlap = math.nan if math.isnan(hd95) else dice(p, r)
+        scores.append(Score(case, label, overlap, hd95, nsd, int(r.sum()), int(p.sum())))
     return scores
 
 
@@ -153,6 +172,7 @@ def evaluate_files(
     track: Track = silent,
     *,
     tolerance: float = DEFAULT_TOLERANCE,
+    missing_class: MissingClass = "diagonal",
 ) -> Evaluation:
     """Score (case, prediction file, reference file) for every foreground class of `labels` ({name: value}).
 
@@ -175,7 +195,7 @@ def evaluate_files(
                     f"{file}: holds the label {unknown[0]}, but the classes are {', '.join(labels)} (0 to "
                     f"{len(labels) - 1}); check that it belongs to this dataset."
                 )
-        scores = score_case(case, prediction, reference, reference_grid.spacing, labels, tolerance)
+        scores = score_case(case, prediction, reference, reference_grid.spacing, labels, tolerance, missing_class)
         return scores, count_confusion(prediction, reference, len(labels))
 
     results = map_in_threads(score, pairs, track, "Evaluating")
@@ -186,6 +206,7 @@ def evaluate_files(
         tolerance,
         tuple(score for scores, _ in results for score in scores),
         tuple(tuple(row) for row in confusion.tolist()),
+        missing_class,
     )
 
 

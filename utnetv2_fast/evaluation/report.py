@@ -23,16 +23,17 @@ from utnetv2_fast.evaluation.figures import class_colour, png
 from utnetv2_fast.evaluation.metrics import Evaluation, match_files
 from utnetv2_fast.evaluation.pictures import CT_WINDOW, draw_case, take_view, telling_slice
 from utnetv2_fast.evaluation.plots import draw_scores
-from utnetv2_fast.evaluation.tables import METRICS, MISSING_CLASS_RULE, summarise
+from utnetv2_fast.evaluation.tables import METRICS, MISSING_CLASS_RULES, summarise
 from utnetv2_fast.files import write_text_atomically
 
 UNDEFINED = "\N{EN DASH}"
 NOT_RECORDED = "not recorded"
 _DIGITS = {"dice": 3, "hd95": 2, "nsd": 3}
 _PROTOCOLS = {
-    "clean": "Folds grouped by patient, the final averaged weights, every scan scored on its own grid.",
-    "paper": "The choices of the authors' published code.",
+    "clean": "Data and training by nnU-Net's rules.",
+    "paper": "Data, training and scores as in the authors' published code.",
 }
+_WITHOUT_LEAKS = "Folds grouped by patient, the final averaged weights, every scan scored on its own grid."
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _page(report: Report) -> dict[str, Any]:
     page: dict[str, Any] = {
         "title": report.title,
         "subtitle": report.subtitle,
-        "protocol": _protocol(report.protocol),
+        "protocol": _protocol(report),
         "leaks": report.leaks,
         "remarks": remarks,
         "scores": None,
@@ -208,13 +209,16 @@ def _page(report: Report) -> dict[str, Any]:
     return page if evaluation is None else page | _scores(evaluation, report.scores_figure, report.cases)
 
 
-def _protocol(name: str | None) -> dict[str, str]:
-    if name is None:
+def _protocol(report: Report) -> dict[str, str]:
+    if report.protocol is None:
         return {
             "name": NOT_RECORDED,
             "meaning": "These label maps were scored as they are, on their own grids; how they were made is not known.",
         }
-    return {"name": name, "meaning": _PROTOCOLS.get(name, "")}
+    rules = _PROTOCOLS.get(report.protocol)
+    if rules is not None and not report.leaks:
+        rules = f"{rules} {_WITHOUT_LEAKS}"
+    return {"name": report.protocol, "meaning": rules or ""}
 
 
 def _scores(evaluation: Evaluation, figure: bytes | None, cases: Sequence[PicturedCase]) -> dict[str, Any]:
@@ -248,7 +252,7 @@ def _scores(evaluation: Evaluation, figure: bytes | None, cases: Sequence[Pictur
             "figure": _data_uri(figure),
         },
         "tolerance": tolerance,
-        "missing_class_rule": MISSING_CLASS_RULE,
+        "missing_class_rule": MISSING_CLASS_RULES[evaluation.missing_class],
         "absent": [label for label, values in summary["classes"].items() if not values["dice"]["cases"]],
         "case_rows": _case_rows(evaluation),
         "cases": [_case(case, evaluation) for case in cases],

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from utnetv2_fast.errors import InputError
-from utnetv2_fast.evaluation.metrics import Evaluation
+from utnetv2_fast.evaluation.metrics import Evaluation, MissingClass
 from utnetv2_fast.files import atomic_write, write_text_atomically
 
 METRICS = {"dice": "dice", "hd95": "hd95_mm", "nsd": "nsd"}
 """{field of `Score`: its name in files, with the unit}"""
 
-MISSING_CLASS_RULE = (
-    "absent from prediction and reference: no score, not counted; absent from one of them: dice 0, nsd 0, "
-    "hd95 the diagonal of the scan"
-)
+MISSING_CLASS_RULES: dict[MissingClass, str] = {
+    "diagonal": "absent from prediction and reference: no score, not counted; absent from one of them: dice 0, nsd 0, "
+    "hd95 the diagonal of the scan",
+    "500mm": "absent from the reference: no score, not counted, whatever was predicted; absent from the prediction: "
+    "dice 0, nsd 0, hd95 500 mm, which no distance exceeds",
+}
 
 
 def write_tables(evaluation: Evaluation, folder: Path) -> None:
@@ -39,7 +41,8 @@ def write_tables(evaluation: Evaluation, folder: Path) -> None:
 def summarise(evaluation: Evaluation) -> dict[str, Any]:
     """Mean, sample deviation and number of cases per class and metric, the mean of the classes; JSON types only.
 
-    What is undefined (a class that occurs nowhere, the deviation of one case) is None.
+    What is undefined (a class that occurs nowhere, the deviation of one case) is None. Where the protocol is known, it
+    and its leaks come first.
     """
     classes = {
         label: {
@@ -48,12 +51,13 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
         }
         for label in evaluation.labels
     }
-    return {
+    known = {} if evaluation.protocol is None else {"protocol": evaluation.protocol, "leaks": list(evaluation.leaks)}
+    return known | {
         "cases": len(evaluation.cases),
         "mean": {name: _or_none(evaluation.mean(metric)) for metric, name in METRICS.items()},
         "classes": classes,
         "nsd_tolerance_mm": evaluation.tolerance,
-        "missing_class_rule": MISSING_CLASS_RULE,
+        "missing_class_rule": MISSING_CLASS_RULES[evaluation.missing_class],
         "confusion_voxels": [list(row) for row in evaluation.confusion],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from utnetv2_fast.data.augment import PROFILES, augment, source_size
+from utnetv2_fast.data.augment import augment, augmentation_profile, source_size
 from utnetv2_fast.data.prepare import PreparedCase
 from utnetv2_fast.data.sampling import PatchSampler, prefetch
 from utnetv2_fast.devices import autocast_dtype
@@ -23,7 +24,7 @@ from utnetv2_fast.files import remove_unfinished
 from utnetv2_fast.models import UTNetV2
 from utnetv2_fast.ops.self_check import check_kernels
 from utnetv2_fast.training.config import TrainingConfig
-from utnetv2_fast.training.losses import supervised_loss
+from utnetv2_fast.training.losses import expand_class_weights, supervised_loss
 from utnetv2_fast.training.run_folder import RunConfig, RunFolder
 from utnetv2_fast.training.state import TrainingState
 
@@ -91,8 +92,7 @@ def train(
     dtype = training_dtype(settings, device)
     if config.model.impl != "reference":
         check_kernels(device, dtype)
-    weights = torch.ones(config.model.num_classes, device=device)
-    weights[0] = settings.background_weight
+    weights = expand_class_weights(settings.class_weights, config.model.num_classes).to(device)
     batch = _batches(config, train_cases, device)
     # The parameters stay the model's own, under their own names; sizes never change.
     network = torch.compile(state.model, dynamic=False) if settings.compile else state.model
@@ -198,7 +198,7 @@ def _batches(
     config: RunConfig, cases: Sequence[PreparedCase], device: torch.device
 ) -> Callable[[int], tuple[Tensor, Tensor, tuple[str, ...]]]:
     """step -> augmented image (B, C, *patch), label (B, *patch) on `device`, names of the cases."""
-    settings, profile = config.training, PROFILES[config.training.augmentation]
+    settings, profile = config.training, augmentation_profile(config.training.augmentation)
     spacing = tuple(s for s in config.plan.spacing[-config.model.dimensions :] if s is not None)
     sampler = PatchSampler(
         cases=cases,
@@ -232,9 +232,9 @@ def _step(
     """One optimiser step on `network`, which is the state's model as it is run; the loss."""
     with torch.autocast(image.device.type, dtype, enabled=dtype is not None):
         outputs = network(image)
-    loss = supervised_loss(outputs, label, class_weights, settings.auxiliary_weight)
+    loss = supervised_loss(outputs, label, class_weights, settings.auxiliary_weight, settings.dice)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm or math.inf)
     if not torch.isfinite(loss + norm):
         raise RunError(
             f"Step {state.step}: the loss ({loss.item()}) or its gradient is not finite; look at the "
@@ -261,7 +261,8 @@ def _norm_fitting(
     images: list[Tensor] = []
 
     def fit(model: torch.nn.Module) -> None:
-        if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        refitted = settings.norm_statistics == "refitted"
+        if not refitted or not any(isinstance(module, _BatchNorm) for module in model.modules()):
             return
         if not images:
             images.extend(batch(step)[0] for step in range(settings.steps, settings.steps + _NORM_BATCHES))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,17 +24,45 @@ def soft_dice_loss(logits: Tensor, label: Tensor, smooth: float = 1e-5) -> Tenso
     return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
 
 
-def segmentation_loss(logits: Tensor, label: Tensor, class_weights: Tensor) -> Tensor:
+def adaptive_dice_loss(logits: Tensor, label: Tensor, smooth: float = 1e-5) -> Tensor:
+    """1 - TP / (TP + a FP + (1 - a) FN), averaged over all classes, each taken over the whole batch (authors' code).
+
+    logits (B, K, *spatial), label (B, *spatial) int64 -> scalar float32. The kind of error that prevails weighs more,
+    a = FP / (FP + FN) held within [0.2, 0.8], and the gradient runs through a too. Background counts as a class. One
+    that is not in the batch has the loss 1 and no gradient.
+    """
+    probability = logits.float().softmax(dim=1)
+    one_hot = torch.zeros_like(probability).scatter_(1, label.unsqueeze(1), 1)
+    axes = (0, *range(2, logits.ndim))
+    hit = (probability * one_hot).sum(axes)  # (K,)
+    made_up, missed = probability.sum(axes) - hit, one_hot.sum(axes) - hit
+    share = (made_up / (made_up + missed + smooth)).clamp(0.2, 0.8)
+    return 1 - (hit / (hit + share * made_up + (1 - share) * missed + smooth)).mean()
+
+
+def expand_class_weights(weights: Sequence[float], classes: int) -> Tensor:
+    """(K,) float32: `weights`, the last one repeated for further classes; surplus ones are left out."""
+    return torch.tensor([weights[min(value, len(weights) - 1)] for value in range(classes)])
+
+
+def segmentation_loss(
+    logits: Tensor, label: Tensor, class_weights: Tensor, dice: Literal["soft", "adaptive"] = "soft"
+) -> Tensor:
     """Cross-entropy weighted by `class_weights` (K,) plus Dice loss; shapes as for `soft_dice_loss`."""
-    return F.cross_entropy(logits.float(), label, weight=class_weights) + soft_dice_loss(logits, label)
+    overlap = soft_dice_loss if dice == "soft" else adaptive_dice_loss
+    return F.cross_entropy(logits.float(), label, weight=class_weights) + overlap(logits, label)
 
 
 def supervised_loss(
-    outputs: Tensor | tuple[Tensor, Tensor], label: Tensor, class_weights: Tensor, auxiliary_weight: float
+    outputs: Tensor | tuple[Tensor, Tensor],
+    label: Tensor,
+    class_weights: Tensor,
+    auxiliary_weight: float,
+    dice: Literal["soft", "adaptive"] = "soft",
 ) -> Tensor:
     """The loss of what the network returns in training mode: logits, or logits and auxiliary logits."""
     if isinstance(outputs, Tensor):
-        return segmentation_loss(outputs, label, class_weights)
+        return segmentation_loss(outputs, label, class_weights, dice)
     logits, auxiliary = outputs
-    main = segmentation_loss(logits, label, class_weights)
-    return (1 - auxiliary_weight) * main + auxiliary_weight * segmentation_loss(auxiliary, label, class_weights)
+    main = segmentation_loss(logits, label, class_weights, dice)
+    return (1 - auxiliary_weight) * main + auxiliary_weight * segmentation_loss(auxiliary, label, class_weights, dice)

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from utnetv2_fast.data.plan import Plan
+from utnetv2_fast.data.plan import Plan, Preparation
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.files import atomic_write, write_text_atomically
 from utnetv2_fast.models import UTNetV2, UTNetV2Config
-from utnetv2_fast.training.config import TrainingConfig
+from utnetv2_fast.training.config import EvaluationConfig, TrainingConfig
 
 T = TypeVar("T")
 
@@ -31,21 +31,34 @@ _DAMAGE = (BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, Va
 
 
 class RunConfig(BaseModel):
-    """`config.yaml` of a run folder."""
+    """`config.yaml` of a run folder: plain settings; `protocol` only names where they came from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    protocol: Literal["clean"] = "clean"
+    protocol: Literal["clean", "paper"] = "clean"
     preset: str
     data: str  # the dataset's folder
     prepared: str  # its prepared folder
     fold: int
     train_cases: tuple[str, ...]
     held_out_cases: tuple[str, ...]
+    preparation: Preparation = Preparation()
     plan: Plan
     patch_size: tuple[int, ...]
     model: UTNetV2Config
     training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def leaks(self) -> tuple[str, ...]:
+        """What the scores of this run know of the held-out scans' label maps, in words."""
+        known = {
+            "the epoch was chosen on the held-out scans": self.evaluation.weights == "best",
+            "the held-out scans were cropped to their reference labels": self.plan.crop == "label",
+            "the scores were taken on the network's grid, with resampled references": self.evaluation.grid
+            == "resampled",
+        }
+        return tuple(leak for leak, present in known.items() if present)
 
 
 class RunFolder:

@@ -39,6 +39,7 @@ class TrainingState:
                 steps=settings.steps,
                 warmup_steps=settings.warmup_steps,
                 schedule=settings.schedule,
+                steps_per_epoch=settings.steps_per_epoch,
             ),
         )
         self.records: list[dict[str, Any]] = []
