@@ -322,15 +322,16 @@ def test_descriptions_of_datasets(world: World, data: st.DataObject) -> None:
     whole = file.read_bytes()
     content = json.loads(whole)
 
-    def essence(changed: Any) -> object:
-        """All but names, which are free, and parts that nobody reads. Without a list of files all are meant."""
-        return (
-            sorted(changed["labels"].values()),
-            len(changed.get("channel_names") or changed["modality"]),
-            sorted(
-                (Path(entry["image"]), Path(entry["label"])) for entry in changed.get("training") or content["training"]
-            ),
-        )
+    def files(changed: Any) -> set[tuple[Path, Path]]:
+        """Without a list of files all are meant."""
+        entries = changed.get("training") or content["training"]
+        return {(Path(entry["image"]), Path(entry["label"])) for entry in entries}
+
+    def is_a_valid_one(changed: Any) -> bool:
+        """Names are free, cases may be left out, and there are parts that nobody reads."""
+        channels = changed.get("channel_names") or changed["modality"]
+        values = sorted(changed["labels"].values())
+        return values == [0, 1, 2] and len(channels) == 1 and files(changed) <= files(content)
 
     nested = st.sampled_from([b"[" * 100_000, b'{"labels":' * 50_000])
     changed = data.draw(
@@ -341,7 +342,7 @@ def test_descriptions_of_datasets(world: World, data: st.DataObject) -> None:
         out = world.folder / "prepared-anew"
         shutil.rmtree(out, ignore_errors=True)
         if accepted(call("prepare", world.dataset, "--out", out, "--dimensions", 2), out):
-            assert essence(json.loads(changed)) == essence(content)
+            assert is_a_valid_one(json.loads(changed))
     finally:
         file.write_bytes(whole)
 
