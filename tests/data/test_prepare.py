@@ -136,7 +136,7 @@ def test_another_recipe_makes_everything_anew(
 ) -> None:
     prepare(read_dataset(source), tmp_path / "out", 3)
     stored.clear()
-    monkeypatch.setattr(module, "_FORMAT", 2)
+    monkeypatch.setattr(module, "_FORMAT", 99)
     prepare(read_dataset(source), tmp_path / "out", 3)
     assert len(stored) == 4
 
@@ -212,7 +212,7 @@ def test_a_folder_that_is_being_changed_is_not_complete(
         raise OSError("stopped")
 
     monkeypatch.setattr(module, "_store_case", fail)
-    monkeypatch.setattr(module, "_FORMAT", 2)
+    monkeypatch.setattr(module, "_FORMAT", 99)
     with pytest.raises(OSError, match="stopped"):
         prepare(read_dataset(source), tmp_path / "out", 3)
     with pytest.raises(InputError, match="not a completely prepared"):

@@ -70,7 +70,7 @@ def _headers(folder: Path) -> dict[Path, Dataset]:
         from pydicom.errors import InvalidDicomError
     except ImportError:
         raise InputError(f'{folder}: reading DICOM needs pydicom; pip install "utnetv2-fast[dicom]".') from None
-    headers = {}
+    headers: dict[Path, Dataset] = {}
     kinds: dict[tuple[str, ...], Path] = {}
     for file in series_files(folder):
         try:

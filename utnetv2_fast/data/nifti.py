@@ -229,7 +229,8 @@ def _read(file: Path, dtype: type[np.float32] | type[np.uint8]) -> tuple[NDArray
     InputError when one of its values is no uint8 where that is asked for.
     """
     with _opened(file) as (header, stream):
-        i, j, k, *_ = *header.get_data_shape(), 1
+        shape: tuple[int, ...] = header.get_data_shape()
+        i, j, k, *_ = *shape, 1
         grid = Grid((i, j, k), header.get_best_affine().astype(np.float64), header)
         if problem := affine_problem(grid.affine):
             raise InputError(f"{file}: its affine {problem}; repair the geometry in its header.")
@@ -237,7 +238,7 @@ def _read(file: Path, dtype: type[np.float32] | type[np.uint8]) -> tuple[NDArray
             raise InputError(
                 f"{file}: its spacing is {_text(grid.spacing[::-1])} mm; write the true one into it, in mm."
             )
-        canonical, stored = blank(grid, prod(header.get_data_shape()[3:]), dtype)
+        canonical, stored = blank(grid, prod(shape[3:]), dtype)
         slope, intercept = header.get_slope_inter()
         for volume in stored:
             for first, chunk in _chunks(stream, (i, j, k), header.get_data_dtype()):

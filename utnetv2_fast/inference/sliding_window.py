@@ -95,7 +95,8 @@ def sliding_window(
             row = start.start % depth
             # The rows are a ring: the window's planes lie in those from `row` to the end, then in the first.
             for rows, part in ((slice(row, depth), slice(0, depth - row)), (slice(0, row), slice(depth - row, depth))):
-                sums[(rows, slice(None), *columns)].addcmul_(addend[part], share[part].unsqueeze(1))
+                region = (rows, slice(None), *columns)
+                sums[region].addcmul_(addend[part], share[part].unsqueeze(1))
     for plane in range(given, sizes[0]):
         yield sums[plane % depth]
 
@@ -132,12 +133,14 @@ def _axis(size: int, window: int, overlap: float, weighting: Weighting, device: 
 
 def _cut(image: Tensor, axes: Sequence[_Axis], place: Sequence[int]) -> Tensor:
     """The window at `place`, (C, *window), with zeros around an image that is smaller."""
-    region = image[(slice(None), *(axis.region(index) for axis, index in zip(axes, place, strict=True)))]
+    region = (slice(None), *(axis.region(index) for axis, index in zip(axes, place, strict=True)))
+    part = image[region]
     window = [axis.window for axis in axes]
-    if list(region.shape[1:]) == window:
-        return region
+    if list(part.shape[1:]) == window:
+        return part
     padded = image.new_zeros((len(image), *window))
-    padded[(slice(None), *(axis.inside for axis in axes))] = region
+    inside = (slice(None), *(axis.inside for axis in axes))
+    padded[inside] = part
     return padded
 
 
