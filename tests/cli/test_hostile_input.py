@@ -39,7 +39,7 @@ from utnetv2_fast.models import PRESETS, UTNetV2, UTNetV2Config
 from utnetv2_fast.training import RunConfig, RunFolder, TrainingConfig
 from utnetv2_fast.training.state import TrainingState
 
-MANY = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=85, deadline=None, suppress_health_check=list(HealthCheck))
 SECONDS = 20
 MEMORY = 2**30  # bytes by which this process may grow over all of it
 
