@@ -90,23 +90,27 @@ def predict(scan: str, folder: str, classes: int, window: tuple[int, int, int]) 
 
 
 class Scores:
-    """The scores of all classes on the network's grid, (K, D, H, W) float32, computed plane by plane or by class."""
+    """Logits of ellipsoid organs on the network's grid, (K, D, H, W) float32, computed plane by plane or by class."""
 
     def __init__(self, classes: int, shape: tuple[int, int, int]) -> None:
         rng = np.random.default_rng(1)
-        self.waves = [
-            [np.sin(np.arange(n) * rng.uniform(0.02, 0.2) + rng.uniform(0, 6)).astype(np.float32) for n in shape]
-            for _ in range(classes)
-        ]
-        self.in_plane = torch.from_numpy(np.stack([np.multiply.outer(h, w) for _, h, w in self.waves]))
+        self.along = np.zeros((classes, shape[0]), dtype=np.float32)
+        self.in_plane = np.zeros((classes, *shape[1:]), dtype=np.float32)  # background: 0
+        for index in range(1, classes):
+            d, h, w = (
+                ((np.arange(n) / n - rng.uniform(0.2, 0.8)) / rng.uniform(0.05, 0.25)).astype(np.float32) ** 2
+                for n in shape
+            )
+            self.along[index] = 8 - 8 * d
+            self.in_plane[index] = -8 * np.add.outer(h, w)
 
     def planes(self) -> Iterator[Tensor]:
-        along = torch.from_numpy(np.stack([d for d, _, _ in self.waves], 1))
-        for factors in along:
-            yield self.in_plane * factors[:, None, None]
+        in_plane = torch.from_numpy(self.in_plane)
+        for values in torch.from_numpy(self.along.T.copy()):
+            yield in_plane + values[:, None, None]
 
     def volume(self, index: int) -> NDArray[np.float32]:
-        return np.multiply.outer(self.waves[index][0], self.in_plane[index].numpy())
+        return np.add.outer(self.along[index], self.in_plane[index])
 
 
 def _geometry(size: tuple[int, int, int]) -> Geometry:

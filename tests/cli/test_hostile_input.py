@@ -40,7 +40,7 @@ from utnetv2_fast.training import RunConfig, RunFolder, TrainingConfig
 from utnetv2_fast.training.state import TrainingState
 
 MANY = settings(
-    max_examples=100,
+    max_examples=85,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to make a failure smaller would take minutes
@@ -91,10 +91,11 @@ def accepted(ended: Ended, out: Path | None = None) -> bool:
     if ended.code == 0:
         return True
     assert ended.code == 2, ended
-    assert ended.err.startswith("error: "), ended
-    assert ended.err.count("\n") == 1, ended
-    assert ended.err.endswith(".\n"), ended
-    assert len(ended.err) < 2000, ended
+    *messages, error = ended.err.splitlines()
+    assert error.startswith("error: "), ended
+    assert error.endswith("."), ended
+    assert len(error) < 2000, ended
+    assert not any(words in message for message in messages for words in ("error:", "Traceback")), ended
     assert ended.out == ""
     assert out is None or not out.exists() or not list(out.iterdir())
     return False
@@ -326,15 +327,16 @@ def test_descriptions_of_datasets(world: World, data: st.DataObject) -> None:
     whole = file.read_bytes()
     content = json.loads(whole)
 
-    def essence(changed: Any) -> object:
-        """All but names, which are free, and parts that nobody reads. Without a list of files all are meant."""
-        return (
-            sorted(changed["labels"].values()),
-            len(changed.get("channel_names") or changed["modality"]),
-            sorted(
-                (Path(entry["image"]), Path(entry["label"])) for entry in changed.get("training") or content["training"]
-            ),
-        )
+    def files(changed: Any) -> set[tuple[Path, Path]]:
+        """Without a list of files all are meant."""
+        entries = changed.get("training") or content["training"]
+        return {(Path(entry["image"]), Path(entry["label"])) for entry in entries}
+
+    def is_a_valid_one(changed: Any) -> bool:
+        """Names are free, cases may be left out, and there are parts that nobody reads."""
+        channels = changed.get("channel_names") or changed["modality"]
+        values = sorted(changed["labels"].values())
+        return values == [0, 1, 2] and len(channels) == 1 and files(changed) <= files(content)
 
     nested = st.sampled_from([b"[" * 100_000, b'{"labels":' * 50_000])
     changed = data.draw(
@@ -342,8 +344,10 @@ def test_descriptions_of_datasets(world: World, data: st.DataObject) -> None:
     )
     try:
         file.write_bytes(changed)
-        if accepted(call("verify", world.dataset)):
-            assert essence(json.loads(changed)) == essence(content)
+        out = world.folder / "prepared-anew"
+        shutil.rmtree(out, ignore_errors=True)
+        if accepted(call("prepare", world.dataset, "--out", out, "--dimensions", 2), out):
+            assert is_a_valid_one(json.loads(changed))
     finally:
         file.write_bytes(whole)
 

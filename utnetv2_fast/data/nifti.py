@@ -264,8 +264,7 @@ def _read(file: Path, dtype: type[np.float32] | type[np.uint8]) -> tuple[NDArray
                         f"{file}: a label map holds integers from 0 to 255, this one does not; export it again."
                     )
                 volume[:, :, first : first + chunk.shape[2]] = converted
-        # To its end, past the last voxel, because only there gzip compares its checksum.
-        stream.read(1)
+        _read_to_the_end(stream)
     return canonical, grid
 
 
@@ -292,6 +291,15 @@ def _chunks(
         if len(content) < count * dtype.itemsize:
             raise EOFError(f"the voxels end in slice {first + len(content) // (i * j * dtype.itemsize)} of {k}")
         yield first, np.frombuffer(content, dtype).reshape((i, j, -1), order="F")
+
+
+def _read_to_the_end(stream: BinaryIO) -> None:
+    """Past the last voxel, because only at its end gzip compares its checksum; ValueError when that is far away."""
+    surplus = 0
+    while chunk := stream.read(_BYTES_AT_ONCE):
+        surplus += len(chunk)
+        if surplus > _LARGEST_OFFSET:
+            raise ValueError("it goes on long after the last voxel")
 
 
 @contextmanager

@@ -203,7 +203,7 @@ class _Plane:
 
 
 def _plane(scores: Tensor, rows: _Places, columns: _Places) -> _Plane:
-    agreed = _last_argmax(scores)
+    agreed = _last_argmax(scores).to(torch.int16)
     for axis, places in enumerate((rows, columns)):
         below, above = (
             agreed.index_select(axis, indices.to(scores.device)) for indices in (places.below, places.above)
@@ -225,7 +225,7 @@ def _argmax_between(below: _Plane, above: _Plane, share: float, rows: _Places, c
         values = _interpolate(below.scores, row, column, rows, columns)
         if share:
             values.lerp_(_interpolate(above.scores, row, column, rows, columns), share)
-        label.view(-1)[open_places] = _last_argmax(values)
+        label.view(-1)[open_places] = _last_argmax(values).to(torch.int16)
     return label.to(torch.uint8)
 
 
@@ -242,10 +242,13 @@ def _interpolate(scores: Tensor, row: Tensor, column: Tensor, rows: _Places, col
 
 
 def _last_argmax(scores: Tensor) -> Tensor:
-    """(K, ...) -> (...) int16, the largest class, the last of equal ones."""
+    """(K, ...) -> (...) uint8, the largest class, the last of equal ones."""
     best = scores[0].clone()
-    winner = torch.zeros_like(best, dtype=torch.int16)
+    winner = torch.zeros_like(best, dtype=torch.uint8)
+    leads = torch.zeros_like(best, dtype=torch.bool)
     for index in range(1, len(scores)):
-        winner.masked_fill_(scores[index] >= best, index)
+        torch.ge(scores[index], best, out=leads)
+        # In bytes: torch fills by a mask, and takes an argmax along the first axis, many times slower.
+        torch.maximum(winner, leads.view(torch.uint8).mul_(index), out=winner)
         torch.maximum(best, scores[index], out=best)
     return winner

@@ -133,14 +133,14 @@ def _axis(size: int, window: int, overlap: float, weighting: Weighting, device: 
 
 def _cut(image: Tensor, axes: Sequence[_Axis], place: Sequence[int]) -> Tensor:
     """The window at `place`, (C, *window), with zeros around an image that is smaller."""
-    place_in_image = (slice(None), *(axis.region(index) for axis, index in zip(axes, place, strict=True)))
-    region = image[place_in_image]
+    region = (slice(None), *(axis.region(index) for axis, index in zip(axes, place, strict=True)))
+    part = image[region]
     window = [axis.window for axis in axes]
-    if list(region.shape[1:]) == window:
-        return region
+    if list(part.shape[1:]) == window:
+        return part
     padded = image.new_zeros((len(image), *window))
-    place_in_window = (slice(None), *(axis.inside for axis in axes))
-    padded[place_in_window] = region
+    inside = (slice(None), *(axis.inside for axis in axes))
+    padded[inside] = part
     return padded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -198,6 +199,10 @@ class RunFolder:
             # By way of the CPU: a GPU would keep the optimiser's step counters, and every step would wait for each.
             state = torch.load(file, map_location="cpu", weights_only=True) if intact else None
         except _DAMAGE:
+            state = None
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what zipfile meets where a damaged directory leads before the file
+                raise
             state = None
         if not isinstance(state, dict):
             raise InputError(f"{file}: damaged; restore it from a copy, or train into a new --out.")
