@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,13 @@ from utnetv2_fast.inference.predict import Predictor, predict_files
 from utnetv2_fast.memory import peak_memory
 from utnetv2_fast.models import Preset, UTNetV2Config, get_preset
 from utnetv2_fast.progress import Track, silent
+from utnetv2_fast.ranks import ALONE, Ranks
 from utnetv2_fast.run_report import complete_report, follow_training
+from utnetv2_fast.sharing import in_order, share
 from utnetv2_fast.training import RunConfig, RunFolder, TrainingConfig, default_training, train
-from utnetv2_fast.training.loop import Progress, ignore_progress, never, training_dtype
+from utnetv2_fast.training.loop import Progress, ignore_epoch, ignore_progress, never, training_dtype
+from utnetv2_fast.training.parallel import wait_for_all
+from utnetv2_fast.training.run_folder import find_runs
 
 
 def suggest_preset(dataset: Dataset, device: torch.device) -> str:
@@ -98,25 +103,23 @@ def _patch(prepared: Prepared, preset: Preset) -> PatchPlan:
 
 def new_runs(
     prepared: Prepared, data: Path, preset: str, folds: Sequence[int] | None, out: Path, changes: dict[str, Any]
-) -> list[RunFolder]:
-    """Configure runs that do not exist yet: of one fold in `out`, of several or (None) all in `out/fold-K`.
+) -> list[tuple[RunFolder, RunConfig]]:
+    """The configurations of runs to begin: of one fold in `out`, of several or (None) all in `out/fold-K`.
 
-    Raises InputError when there are runs already, and for what `configure` refuses.
+    Nothing is written yet. Raises InputError for what `configure` refuses.
     """
-    refuse_existing_runs(out)
     if folds is None:
         folds = range(len(load_or_make_splits(prepared)))
     alone = len(folds) == 1
-    runs = {fold: RunFolder(out if alone else out / f"fold-{fold}") for fold in folds}
-    configs = {fold: configure(prepared, data, preset, fold, changes) for fold in folds}
-    for fold, run in runs.items():
-        run.write_config(configs[fold])
-    return list(runs.values())
+    return [
+        (RunFolder(out if alone else out / f"fold-{fold}"), configure(prepared, data, preset, fold, changes))
+        for fold in folds
+    ]
 
 
 def refuse_existing_runs(out: Path) -> None:
     """Raises InputError when `out` is a file, or holds a run that was begun; one that was only set up is no loss."""
-    if begun := [run for run in _runs_under(out) if run.begun]:
+    if begun := [run for run in find_runs(out) if run.begun]:
         raise InputError(f"{begun[0].path}: holds a run already; go on with it by --resume, or name another --out.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a folder as --out.")
@@ -127,16 +130,12 @@ def existing_runs(out: Path) -> list[RunFolder]:
 
     Raises InputError when there are none, or when they were stopped while they were set up: some may be missing.
     """
-    runs = _runs_under(out)
+    runs = find_runs(out)
     if not runs:
         raise InputError(f"{out}: holds no run to resume; name the --out of an earlier training.")
     if not any(run.begun for run in runs):
         raise InputError(f"{out}: its training was never begun; start it anew without --resume.")
     return runs
-
-
-def _runs_under(out: Path) -> list[RunFolder]:
-    return [RunFolder(file.parent) for file in (*out.glob("config.yaml"), *sorted(out.glob("fold-*/config.yaml")))]
 
 
 def run_fold(
@@ -149,10 +148,12 @@ def run_fold(
     track: Track = silent,
     stop: Callable[[], bool] = never,
     tensorboard: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Train what a configured run still lacks, predict its held-out scans from their files, write and return scores.
 
-    The report and its pictures follow: after every epoch, and at the end with the scores.
+    The report and its pictures follow: after every epoch, and at the end with the scores. Several ranks call it
+    together within `process_group`; all get the scores.
 
     Raises InputError when the prepared data are not those the run was configured for, and what `train` raises.
     """
@@ -168,39 +169,50 @@ def run_fold(
             f"{prepared.folder}: case {missing[0]} of the run {run.path} is gone; restore it, or train anew."
         )
     held_out = [case for case in dataset.cases if case.name in config.held_out_cases]
-    if not run.scores_file.exists():
-        run.append_environment(describe_environment(device))
+    predictions = {case.name: run.validation_folder / f"{case.name}.nii.gz" for case in held_out}
+    unfinished = not run.scores_file.exists()
+    wait_for_all()  # before the first rank may finish it
+    if unfinished:
         train_cases, validation_cases = (
             [by_name[name] for name in names] for names in (config.train_cases, config.held_out_cases)
         )
         dtype = training_dtype(config.training, device)
-        after_epoch = follow_training(run, validation_cases, device, dtype, tensorboard=tensorboard)
-        model = train(run, train_cases, validation_cases, device, watch=watch, stop=stop, after_epoch=after_epoch)
+        after_epoch: Callable[[torch.nn.Module], None] = ignore_epoch
+        if ranks.first:
+            run.append_environment(describe_environment(device, ranks))
+            after_epoch = follow_training(run, validation_cases, device, dtype, tensorboard=tensorboard)
+        model = train(
+            run, train_cases, validation_cases, device, watch=watch, stop=stop, after_epoch=after_epoch, ranks=ranks
+        )
+        if ranks.first:
+            for file in predictions.values():
+                file.unlink(missing_ok=True)
+        wait_for_all()
         predictor = Predictor([model], config.plan, config.patch_size, device, autocast=dtype)
         started = time.perf_counter()
-        predict_files(predictor, held_out, run.validation_folder, track, overwrite=True)
-        run.record_resources(prediction_seconds=time.perf_counter() - started)
-    pairs = [(case.name, run.validation_folder / f"{case.name}.nii.gz", case.label) for case in held_out if case.label]
+        share(
+            lambda case: predict_files(predictor, [case], run.validation_folder),
+            held_out,
+            name=lambda case: case.name,
+            finished=lambda case: predictions[case.name].exists(),
+            folder=run.validation_folder / ".locks",
+            ranks=ranks,
+            for_each=partial(in_order, track=track, description="Predicting"),
+        )
+        if ranks.first:
+            run.record_resources(prediction_seconds=time.perf_counter() - started)
+    pairs = [(case.name, predictions[case.name], case.label) for case in held_out if case.label]
     started = time.perf_counter()
-    evaluation = evaluate_files(pairs, config.plan.labels, track)
-    run.record_resources(scoring_seconds=time.perf_counter() - started, **peak_memory(device))
-    write_tables(evaluation, run.validation_folder)
-    complete_report(run, dataset, evaluation)
-    write_text_atomically(run.scores_file, json.dumps(summarise(evaluation), indent=2))
+    evaluation = evaluate_files(pairs, config.plan.labels, track, folder=run.validation_folder, ranks=ranks)
+    if ranks.first:
+        run.record_resources(scoring_seconds=time.perf_counter() - started, **peak_memory(device))
+        write_tables(evaluation, run.validation_folder)
+        complete_report(run, dataset, evaluation)
+        write_text_atomically(run.scores_file, json.dumps(summarise(evaluation), indent=2))
     return evaluation
 
 
-def spread_over_folds(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
-    """Mean and sample deviation over folds of each fold's mean Dice, HD95 (mm) and NSD."""
-    table = {}
-    for metric in ("dice", "hd95", "nsd"):
-        means = np.array([evaluation.mean(metric) for evaluation in evaluations])
-        deviation = float(means.std(ddof=1)) if len(means) > 1 else float("nan")
-        table[metric] = {"mean": float(means.mean()), "std": deviation}
-    return table
-
-
-def describe_environment(device: torch.device) -> dict[str, Any]:
+def describe_environment(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Any]:
     """What a result depends on besides its configuration."""
     packages = ("utnetv2-fast", "torch", "triton", "numpy", "scipy", "nibabel")
     return {
@@ -211,6 +223,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.count,
         "packages": {name: _version(name) for name in packages},
     }
 
