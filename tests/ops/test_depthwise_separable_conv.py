@@ -112,7 +112,9 @@ def test_fused_results_match_float64(
     else:
         result = ops.scaled_depthwise_separable_conv(x, scale, shift, relu, depthwise_weight, pointwise_weight)
     assert_accurate(result, expected(dtype), expected(torch.float64), factor=3.0)
-    assert result.is_contiguous(memory_format=memory_format(len(kernel)) if x.stride(1) == 1 else torch.contiguous_format)
+    assert result.is_contiguous(
+        memory_format=memory_format(len(kernel)) if x.stride(1) == 1 else torch.contiguous_format
+    )
 
 
 def test_fused_gradients_match_float64(
