@@ -13,9 +13,13 @@ def test_cpu_is_always_there() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
 
 
-def test_auto_prefers_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_processes_of_a_machine_get_a_gpu_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device(name) == torch.device("cuda", 0)
+    assert [resolve_device(name, local).index for local in range(4)] == [0, 1, 0, 1]
+    assert resolve_device("cuda:1", 0) == torch.device("cuda", 1)
 
 
 def test_auto_without_a_gpu_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,16 +9,17 @@ from utnetv2_fast.errors import InputError
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps"
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device called `name` (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`); `auto` is the first CUDA GPU, else the CPU.
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name` (`auto`, `cpu`, `cuda`, `cuda:N`, `mps`); `auto` is a CUDA GPU, else the CPU.
 
-    An Apple GPU is taken only by name: torch lacks some of the 3D operations there.
+    `auto` and `cuda` give the processes of one machine, numbered from 0, a GPU each as far as there are any. An Apple
+    GPU is taken only by name: torch lacks some of the 3D operations there.
 
     Raises:
         InputError: the name is none of these, or this machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -29,7 +30,7 @@ def resolve_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise InputError(f"device {name!r} was asked for, but torch finds no CUDA GPU here: use --device cpu.")
         if device.index is None:
-            return torch.device("cuda", 0)
+            return torch.device("cuda", local_rank % torch.cuda.device_count())
         if not 0 <= device.index < torch.cuda.device_count():
             raise InputError(
                 f"device {name!r} was asked for, but this machine has {torch.cuda.device_count()} GPUs, from cuda:0 up."

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,13 @@ from utnetv2_fast.inference.predict import Predictor
 from utnetv2_fast.memory import peak_memory
 from utnetv2_fast.models import Preset, UTNetV2Config, get_preset
 from utnetv2_fast.progress import Track, silent
+from utnetv2_fast.ranks import ALONE, Ranks
 from utnetv2_fast.run_report import complete_report, follow_training
+from utnetv2_fast.sharing import in_order, share
 from utnetv2_fast.training import Recipe, RunConfig, RunFolder, train
-from utnetv2_fast.training.loop import Progress, ignore_progress, never, training_dtype
+from utnetv2_fast.training.loop import Progress, ignore_epoch, ignore_progress, never, training_dtype
+from utnetv2_fast.training.parallel import wait_for_all
+from utnetv2_fast.training.run_folder import find_runs
 
 
 def suggest_preset(dataset: Dataset, device: torch.device) -> str:
@@ -92,25 +97,24 @@ def _patch(prepared: Prepared, preset: Preset, patch_size: tuple[int, ...] | Non
     return PatchPlan(patch_size=tuple(patch.tolist()), scales=scales, kernel_sizes=kernel_sizes)
 
 
-def new_runs(prepared: Prepared, data: Path, recipe: Recipe, folds: Sequence[int] | None, out: Path) -> list[RunFolder]:
-    """Configure runs that do not exist yet: of one fold in `out`, of several or (None) all in `out/fold-K`.
+def new_runs(
+    prepared: Prepared, data: Path, recipe: Recipe, folds: Sequence[int] | None, out: Path
+) -> list[tuple[RunFolder, RunConfig]]:
+    """The configurations of runs to begin: of one fold in `out`, of several or (None) all in `out/fold-K`.
 
-    Raises InputError when there are runs already, and for what `configure` refuses.
+    Nothing is written yet. Raises InputError for what `configure` refuses.
     """
-    refuse_existing_runs(out)
     if folds is None:
         folds = range(len(load_or_make_splits(prepared, recipe.split)))
     alone = len(folds) == 1
-    runs = {fold: RunFolder(out if alone else out / f"fold-{fold}") for fold in folds}
-    configs = {fold: configure(prepared, data, recipe, fold) for fold in folds}
-    for fold, run in runs.items():
-        run.write_config(configs[fold])
-    return list(runs.values())
+    return [
+        (RunFolder(out if alone else out / f"fold-{fold}"), configure(prepared, data, recipe, fold)) for fold in folds
+    ]
 
 
 def refuse_existing_runs(out: Path) -> None:
     """Raises InputError when `out` is a file, or holds a run that was begun; one that was only set up is no loss."""
-    if begun := [run for run in _runs_under(out) if run.begun]:
+    if begun := [run for run in find_runs(out) if run.begun]:
         raise InputError(f"{begun[0].path}: holds a run already; go on with it by --resume, or name another --out.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a folder as --out.")
@@ -121,16 +125,12 @@ def existing_runs(out: Path) -> list[RunFolder]:
 
     Raises InputError when there are none, or when they were stopped while they were set up: some may be missing.
     """
-    runs = _runs_under(out)
+    runs = find_runs(out)
     if not runs:
         raise InputError(f"{out}: holds no run to resume; name the --out of an earlier training.")
     if not any(run.begun for run in runs):
         raise InputError(f"{out}: its training was never begun; start it anew without --resume.")
     return runs
-
-
-def _runs_under(out: Path) -> list[RunFolder]:
-    return [RunFolder(file.parent) for file in (*out.glob("config.yaml"), *sorted(out.glob("fold-*/config.yaml")))]
 
 
 def run_fold(
@@ -143,10 +143,12 @@ def run_fold(
     track: Track = silent,
     stop: Callable[[], bool] = never,
     tensorboard: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Train what a configured run still lacks, predict its held-out scans from their files, write and return scores.
 
-    The report and its pictures follow: after every epoch, and at the end with the scores.
+    The report and its pictures follow: after every epoch, and at the end with the scores. Several ranks call it
+    together within `process_group`; all get the scores.
 
     Raises InputError when the prepared data are not those the run was configured for, and what `train` raises.
     """
@@ -162,16 +164,30 @@ def run_fold(
             f"{prepared.folder}: case {missing[0]} of the run {run.path} is gone; restore it, or train anew."
         )
     held_out = [case for case in dataset.cases if case.name in config.held_out_cases]
-    if not run.scores_file.exists():
-        run.append_environment(describe_environment(device))
+    pairs = scored_files(held_out, run.validation_folder, config.evaluation.grid)
+    # What predicting a case writes: its label map and, on another grid than the scan's, the reference on that.
+    written = {name: [file for file in files if file.is_relative_to(run.validation_folder)] for name, *files in pairs}
+    unfinished = not run.scores_file.exists()
+    wait_for_all()  # before the first rank may finish it
+    if unfinished:
         train_cases, validation_cases = (
             [by_name[name] for name in names] for names in (config.train_cases, config.held_out_cases)
         )
         dtype = training_dtype(config.training, device)
-        after_epoch = follow_training(run, validation_cases, device, dtype, tensorboard=tensorboard)
-        model = train(run, train_cases, validation_cases, device, watch=watch, stop=stop, after_epoch=after_epoch)
+        after_epoch: Callable[[torch.nn.Module], None] = ignore_epoch
+        if ranks.first:
+            run.append_environment(describe_environment(device, ranks))
+            after_epoch = follow_training(run, validation_cases, device, dtype, tensorboard=tensorboard)
+        model = train(
+            run, train_cases, validation_cases, device, watch=watch, stop=stop, after_epoch=after_epoch, ranks=ranks
+        )
         if config.evaluation.weights == "best":
             model = run.load_model("best").to(device)
+        if ranks.first:
+            for files in written.values():
+                for file in files:
+                    file.unlink(missing_ok=True)
+        wait_for_all()
         predictor = Predictor(
             [model],
             config.plan,
@@ -181,30 +197,36 @@ def run_fold(
             weighting=config.evaluation.weighting,
         )
         started = time.perf_counter()
-        predict_held_out(predictor, held_out, run.validation_folder, config.evaluation.grid, track)
-        run.record_resources(prediction_seconds=time.perf_counter() - started)
-    pairs = scored_files(held_out, run.validation_folder, config.evaluation.grid)
+        share(
+            lambda case: predict_held_out(predictor, [case], run.validation_folder, config.evaluation.grid),
+            held_out,
+            name=lambda case: case.name,
+            finished=lambda case: all(file.exists() for file in written[case.name]),
+            folder=run.validation_folder / ".locks",
+            ranks=ranks,
+            for_each=partial(in_order, track=track, description="Predicting"),
+        )
+        if ranks.first:
+            run.record_resources(prediction_seconds=time.perf_counter() - started)
     started = time.perf_counter()
-    evaluation = evaluate_files(pairs, config.plan.labels, track, missing_class=config.evaluation.missing_class)
+    evaluation = evaluate_files(
+        pairs,
+        config.plan.labels,
+        track,
+        missing_class=config.evaluation.missing_class,
+        folder=run.validation_folder,
+        ranks=ranks,
+    )
     evaluation = replace(evaluation, protocol=config.protocol, leaks=config.leaks)
-    run.record_resources(scoring_seconds=time.perf_counter() - started, **peak_memory(device))
-    write_tables(evaluation, run.validation_folder)
-    complete_report(run, dataset, evaluation, pairs)
-    write_text_atomically(run.scores_file, json.dumps(summarise(evaluation), indent=2))
+    if ranks.first:
+        run.record_resources(scoring_seconds=time.perf_counter() - started, **peak_memory(device))
+        write_tables(evaluation, run.validation_folder)
+        complete_report(run, dataset, evaluation, pairs)
+        write_text_atomically(run.scores_file, json.dumps(summarise(evaluation), indent=2))
     return evaluation
 
 
-def spread_over_folds(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
-    """Mean and sample deviation over folds of each fold's mean Dice, HD95 (mm) and NSD."""
-    table = {}
-    for metric in ("dice", "hd95", "nsd"):
-        means = np.array([evaluation.mean(metric) for evaluation in evaluations])
-        deviation = float(means.std(ddof=1)) if len(means) > 1 else float("nan")
-        table[metric] = {"mean": float(means.mean()), "std": deviation}
-    return table
-
-
-def describe_environment(device: torch.device) -> dict[str, Any]:
+def describe_environment(device: torch.device, ranks: Ranks = ALONE) -> dict[str, Any]:
     """What a result depends on besides its configuration."""
     packages = ("utnetv2-fast", "torch", "triton", "numpy", "scipy", "nibabel")
     return {
@@ -215,6 +237,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.count,
         "packages": {name: _version(name) for name in packages},
     }
 

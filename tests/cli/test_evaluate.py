@@ -13,6 +13,7 @@ from rich.console import Console
 
 from utnetv2_fast.cli.evaluate import evaluate, score_table
 from utnetv2_fast.evaluation.metrics import DEFAULT_TOLERANCE, Evaluation, Score
+from utnetv2_fast.evaluation.tables import write_tables
 
 # surface-distance 0.1 reaches scipy.ndimage through names that SciPy has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")
@@ -65,6 +66,68 @@ def test_a_missing_prediction_is_an_error_or_a_subset(
     assert not (predictions / "scores.csv").exists()
     assert call("evaluate", predictions, demo, "--subset", "--json") == 0
     assert json.loads(capsys.readouterr().out)["cases"] == 3
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """The run folders of two folds with the scores of two cases each, and one that is not finished."""
+    folders = []
+    for number, cases in enumerate(("ab", "cd", "")):
+        folders.append(tmp_path / f"fold{number}")
+        folders[-1].mkdir()
+        (folders[-1] / "config.yaml").write_text("")
+        scores = tuple(Score(case, "LV", 0.5 + 0.1 * number, 2.0, 0.75, 9, 9) for case in cases)
+        if scores:
+            write_tables(Evaluation(("LV",), 1.0, scores, ((5, 1), (1, 5))), folders[-1] / "validation")
+    return folders
+
+
+def test_the_folds_of_a_dataset_are_gathered(
+    call: Call, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("evaluate", *runs[:2], "--out", tmp_path / "all", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["runs"]) == [str(run) for run in runs[:2]]
+    assert result["pooled"]["cases"] == 4
+    assert result["pooled"]["mean"]["dice"] == pytest.approx(0.55)
+    assert result["folds"]["dice"] == {"mean": pytest.approx(0.55), "std": pytest.approx(0.1 / 2**0.5)}
+    assert result["pooled"] == json.loads((tmp_path / "all" / "scores.json").read_text())
+    assert call("evaluate", *runs[:2]) == 0
+    text = capsys.readouterr().out
+    assert "0.550 ± 0.058" in text  # over the cases
+    assert "0.550 ± 0.071" in text  # over the folds
+    (tmp_path / "together").mkdir()
+    for number in range(2):
+        runs[number].rename(tmp_path / "together" / f"fold-{number}")
+    assert call("evaluate", tmp_path / "together", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["pooled"] == result["pooled"]
+
+
+def test_folds_that_cannot_be_gathered_are_named(
+    call: Call, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        (runs, "fold2/validation/scores.json: not there yet"),
+        ([runs[0], shutil.copytree(runs[0], tmp_path / "copy")], "held out a"),
+        ([runs[0], "--report", tmp_path / "r.html"], "--report needs one folder"),
+        ([tmp_path], "Give a folder of label maps"),
+    ):
+        assert call("evaluate", *arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_one_rank_speaks_for_all(
+    call: Call, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions = tmp_path / "predictions"
+    shutil.copytree(demo / "labelsTr", predictions)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert call("evaluate", predictions, demo, "--json") == 0
+        assert (predictions / "scores.csv").exists() == (rank == 0)
+        text = capsys.readouterr().out
+        assert text == "" if rank else json.loads(text)["cases"] == 4
 
 
 def test_the_table_says_what_is_undefined() -> None:

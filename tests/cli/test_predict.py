@@ -80,6 +80,25 @@ def test_a_folder_of_scans_becomes_a_folder_of_label_maps(
     assert f"{len(cases)} label maps." in capsys.readouterr().out
 
 
+def test_one_rank_speaks_for_all(
+    call: Call,
+    run: Path,
+    demo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ("predict", run, "-i", demo / "imagesTr", "-o", tmp_path / "out", "--json")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        assert call(*arguments) == 0
+        text = capsys.readouterr().out
+        assert text == "" if rank else len(json.loads(text)["predictions"]) == 4
+    assert call(*arguments, "--overwrite") == 2
+    assert "--overwrite is for a single process" in capsys.readouterr().err
+
+
 def test_files_as_a_shell_spreads_them(call: Call, run: Path, demo: Path, tmp_path: Path) -> None:
     files = [case.images[0] for case in read_dataset(demo).cases]
     assert call("predict", run, "-i", *files[:3], "-o", tmp_path / "out", "--device", "cpu") == 0

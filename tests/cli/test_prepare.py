@@ -44,3 +44,24 @@ def test_bad_input(demo: Path, tmp_path: Path, call: Callable[..., int], capsys:
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert call("prepare", demo, "--dimensions", 4) == 2
+
+
+def test_one_rank_speaks_for_all(
+    demo: Path,
+    tmp_path: Path,
+    call: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert call("prepare", demo, "--out", tmp_path / "out", "--json") == 0
+        text = capsys.readouterr().out
+        assert text == "" if rank else json.loads(text)["cases"] == 4
+    monkeypatch.setenv("RANK", "1")
+    assert call("prepare", tmp_path / "nowhere") == 2
+    assert capsys.readouterr().err.startswith("error (rank 1): ")
+    monkeypatch.setenv("RANK", "2")
+    assert call("prepare", demo, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith("error: RANK=2 and WORLD_SIZE=2")

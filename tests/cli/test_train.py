@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,7 @@ from utnetv2_fast.data.dataset import read_dataset
 from utnetv2_fast.experiment import suggest_preset
 from utnetv2_fast.training import RunFolder
 from utnetv2_fast.training.loop import Progress
+from utnetv2_fast.training.run_folder import only_training_in
 
 Call = Callable[..., int]
 SHORT = ("--preset", "tiny-2d", "--epochs", 1, "--steps-per-epoch", 2, "--batch-size", 2)
@@ -84,6 +87,66 @@ def test_one_fold_from_scans_to_scores(call: Call, demo: Path, place: Path, caps
     assert call("predict", "run", "-i", scan, "-o", "predicted", "--device", "cpu") == 0
     predicted = nib.load(place / "predicted" / held_out[0].name)
     np.testing.assert_array_equal(np.asarray(predicted.dataobj), np.asarray(nib.load(held_out[0]).dataobj))
+
+
+def test_torchrun_trains_what_one_process_trains(call: Call, demo: Path, place: Path) -> None:
+    """From scans to scores and back in: the run is then finished by one process."""
+    options = ("train", "--data", demo, *SHORT, "--precision", "float32", "--device", "cpu")
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "utnetv2_fast",
+    )
+    done = subprocess.run(
+        [*torchrun, *map(str, options), "--out", "two", "--json"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(done.stdout)["runs"]) == ["two"]
+    shutil.rmtree(place / "prepared")
+    assert call(*options, "--out", "one") == 0
+    names = [{str(file.relative_to(run)) for file in run.rglob("*")} for run in (place / "one", place / "two")]
+    assert {name for name in names[1] if ".scores" not in name} == names[0]
+    one, two = (json.loads((place / run / "metrics.jsonl").read_text()) for run in ("one", "two"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    environment = json.loads((place / "two" / "environment.json").read_text())
+    assert [entry["processes"] for entry in environment] == [2]
+    (place / "two" / "scores.json").unlink()
+    assert call("train", "--resume", "--out", "two", "--device", "cpu") == 0
+
+
+def test_two_trainings_into_one_folder_are_refused(
+    call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", "--data", demo, *SHORT, "--out", "run") == 0
+    capsys.readouterr()
+    for out, arguments in (("run", ("--resume",)), ("new", ("--data", demo, *SHORT))):
+        with only_training_in(place / out):
+            assert call("train", *arguments, "--out", out) == 2
+        error = capsys.readouterr().err
+        assert f"{out}: another training (process {os.getpid()} on " in error
+        assert "Traceback" not in error
+    assert list((place / "new").iterdir()) == []
+
+
+def test_ranks_that_cannot_train_together_are_refused(
+    call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert call("train", "--data", demo, *SHORT, "--batch-size", 3, "--out", "run") == 2
+    assert "A batch of 3 cannot be divided" in capsys.readouterr().err
+    assert call("train", "--data", demo, *SHORT, "--out", "run") == 2
+    assert "start them by torchrun" in capsys.readouterr().err
+    assert not (place / "run").exists()
 
 
 def test_a_run_that_was_stopped_has_a_report_without_scores(

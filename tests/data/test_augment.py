@@ -471,6 +471,23 @@ def test_the_result_depends_on_the_seed_and_the_input_alone(
     assert torch.isfinite(first[0]).all()
 
 
+@pytest.mark.parametrize(("patch", "spacing"), [((12, 10), SLICE), ((4, 12, 10), THICK), ((8, 9, 10), ISOTROPIC)])
+def test_parts_of_a_batch_become_what_they_become_in_the_whole(
+    patch: tuple[int, ...], spacing: tuple[float, ...]
+) -> None:
+    """Whoever stands beside a sample, so that processes may divide a batch; the same sample differs by its index."""
+    profile = PROFILES["nnunet"]
+    source = source_size(patch, profile, spacing)
+    image = torch.from_numpy(smooth((1, 2, *source))).float().repeat(12, *[1] * (len(patch) + 1))
+    label = (image[:, 0] > 0).to(torch.uint8)
+    whole, whole_label = augment(image, label, patch, spacing, profile, (0, 1))
+    for first, last in ((0, 5), (5, 12), (7, 8)):
+        part, part_label = augment(image[first:last], label[first:last], patch, spacing, profile, (0, 1), first)
+        torch.testing.assert_close(part, whole[first:last], rtol=0, atol=1e-5)
+        assert torch.equal(part_label, whole_label[first:last])
+    assert len({tensor.numpy().tobytes() for tensor in whole}) > 6
+
+
 def test_seeds_differ() -> None:
     image = torch.randn(4, 1, 8, 8)
     outs = [run(image, AugmentationProfile(noise=always(1)), seed=seed)[0] for seed in [(0, 0), (0, 1), (1, 0)]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -19,6 +20,7 @@ from utnetv2_fast.data.prepare import Prepared, default_folder, prepare
 from utnetv2_fast.data.preprocess import preprocess_image, preprocess_label
 from utnetv2_fast.data.splits import load_or_make_splits
 from utnetv2_fast.errors import InputError
+from utnetv2_fast.ranks import Ranks
 
 
 @pytest.fixture
@@ -202,6 +204,45 @@ def test_stopped_anywhere_it_goes_on_there(
     prepare(read_dataset(source), tmp_path / "out", 3)
     assert not done & set(stored)
     assert contents(tmp_path / "out") == contents(reference.folder)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ranks_share_the_cases(late: bool, source: Path, tmp_path: Path, stored: list[str]) -> None:
+    """Threads stand for ranks; with a late one that finds everything done. One case changes, one goes."""
+    folder = tmp_path / "shared"
+
+    def rank(number: int) -> Prepared:
+        return prepare(read_dataset(source), folder, 3, ranks=Ranks(number, 2, number))
+
+    def all_ranks() -> list[Prepared]:
+        if late:
+            return [rank(1), rank(0)]
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(rank, range(2)))
+
+    for names in (["CASE00", "CASE01", "CASE02", "CASE03"], ["CASE00"]):
+        alone = prepare(read_dataset(source), tmp_path / "alone", 3)
+        stored.clear()
+        for prepared in all_ranks():
+            assert prepared.plan == alone.plan
+            assert [case.name for case in prepared.cases] == [case.name for case in alone.cases]
+        assert sorted(stored) == names
+        assert contents(folder) == contents(alone.folder)
+        os.utime(source / "labelsTr" / "CASE00.nii.gz", (1, 1))
+        (source / "imagesTr" / "CASE03_0000.nii.gz").unlink(missing_ok=True)
+        (source / "cases.csv").write_text("case,patient\nCASE00,A\nCASE01,A\nCASE02,B\n")
+
+
+def test_every_rank_names_what_is_wrong_with_a_dataset(source: Path, tmp_path: Path) -> None:
+    file = source / "imagesTr/CASE01_0000.nii.gz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    for number in range(2):
+        with pytest.raises(InputError, match=r"CASE01_0000\.nii\.gz: truncated"):
+            prepare(read_dataset(source), tmp_path / "out", 3, ranks=Ranks(number, 2, number))
+    file.write_bytes(whole)
+    prepare(read_dataset(source), tmp_path / "out", 3, ranks=Ranks(1, 2, 1))
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_a_folder_that_is_being_changed_is_not_complete(

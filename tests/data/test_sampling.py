@@ -87,6 +87,15 @@ def test_image_and_label_come_from_one_place(case: StoredCase, patch: tuple[int,
         assert len(np.unique(d)) == (patch[0] if len(patch) == 3 else 1)
 
 
+def test_parts_of_a_batch_are_the_batch(case: StoredCase) -> None:
+    drawn = sampler(case, (4, 8, 8))
+    for step in range(3):
+        whole, parts = drawn.batch(step), [drawn.batch(step, part) for part in (range(2), range(2, 6))]
+        assert torch.equal(torch.cat([part.image for part in parts]), whole.image)
+        assert torch.equal(torch.cat([part.label for part in parts]), whole.label)
+        assert parts[0].cases + parts[1].cases == whole.cases
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 12])
 def test_a_third_is_forced_onto_foreground(tmp_path: Path, batch_size: int) -> None:
     label = np.zeros((1, 401, 401), np.uint8)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from utnetv2_fast.errors import InputError
+from utnetv2_fast.evaluation import metrics
 from utnetv2_fast.evaluation.metrics import (
     Evaluation,
     Score,
@@ -25,6 +28,7 @@ from utnetv2_fast.evaluation.metrics import (
     score_case,
     surface_scores,
 )
+from utnetv2_fast.ranks import Ranks
 
 # surface-distance 0.1 reaches scipy.ndimage through names that SciPy has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")
@@ -280,6 +284,40 @@ def test_what_cannot_be_scored_is_refused_by_name(tmp_path: Path) -> None:
     refused("predictions: no .nii")
     predictions.rmdir()
     refused("predictions: no such folder")
+
+
+def test_ranks_share_the_cases_and_all_get_all_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads stand for ranks. What is scored holds until a label map, a class or the tolerance changes."""
+    data, predictions, scored = dataset(tmp_path / "data", 3), tmp_path / "predictions", []
+
+    def note_and_score(case: str, *arguments: Any) -> list[Score]:
+        scored.append(case)
+        return score_case(case, *arguments)
+
+    monkeypatch.setattr(metrics, "score_case", note_and_score)
+    for i in range(3):
+        save(predictions / f"case{i}.nii.gz", label_map(0))
+    (predictions / "case2.nii.gz").write_bytes(save(tmp_path / "empty.nii.gz", 0 * label_map(0)).read_bytes())
+
+    def all_ranks(tolerance: float) -> list[Evaluation]:
+        def rank(number: int) -> Evaluation:
+            return evaluate_folder(predictions, data, tolerance=tolerance, ranks=Ranks(number, 2, number))
+
+        scored.clear()
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(rank, range(2)))
+
+    for tolerance in (1.0, 2.0):
+        alone = evaluate_folder(predictions, data, tolerance=tolerance)
+        assert math.isnan(alone.scores[-1].dice) or alone.scores[-1].dice == 0
+        for evaluation in all_ranks(tolerance):
+            assert repr(evaluation) == repr(alone)  # in which NaN equals NaN
+        assert sorted(scored) == ["case0", "case1", "case2"]
+        all_ranks(tolerance)
+        assert scored == []
+    save(predictions / "case1.nii.gz", label_map(1))
+    assert repr(all_ranks(1.0)[0]) == repr(evaluate_folder(predictions, data))
+    assert scored[0] == "case1"
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, math.nan])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.evaluation.metrics import Evaluation, Score
-from utnetv2_fast.evaluation.tables import summarise, write_tables
+from utnetv2_fast.evaluation.tables import read_tables, summarise, write_tables
 
 EVALUATION = Evaluation(
     ("left, inner", "right"),
@@ -69,3 +69,26 @@ def test_protocol_and_leaks_come_first_and_the_rule_is_the_one_that_held() -> No
     assert "500 mm" in summary["missing_class_rule"]
     assert "diagonal" in summarise(EVALUATION)["missing_class_rule"]
     assert "protocol" not in summarise(EVALUATION)
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    written = replace(EVALUATION, protocol="paper", leaks=("it knew",), missing_class="500mm")
+    write_tables(written, tmp_path)
+    found = read_tables(tmp_path)
+    assert replace(found, scores=()) == replace(written, scores=())
+    for score, expected in zip(found.scores, written.scores, strict=True):
+        assert (score.case, score.label) == (expected.case, expected.label)
+        assert astuple(score)[2:] == pytest.approx(astuple(expected)[2:], rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "scores.json"])
+def test_tables_that_are_missing_or_damaged_are_named(tmp_path: Path, name: str) -> None:
+    write_tables(EVALUATION, tmp_path)
+    text = (tmp_path / name).read_text()
+    for damage in (text[: len(text) // 2], text.replace("2", "x"), "[]", "\0"):
+        (tmp_path / name).write_text(damage)
+        with pytest.raises(InputError, match=r"scores\.json is damaged"):
+            read_tables(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=f"{name}: not there yet"):
+        read_tables(tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,10 @@ from utnetv2_fast.data.preprocess import preprocess_image
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.inference import predict as prediction
 from utnetv2_fast.inference.predict import Predictor, predict, predict_files
+from utnetv2_fast.inference.together import predict_together
 from utnetv2_fast.models import UTNetV2
+from utnetv2_fast.progress import silent
+from utnetv2_fast.ranks import Ranks
 from utnetv2_fast.training.recipe import default_training
 from utnetv2_fast.training.run_folder import RunConfig, RunFolder
 
@@ -232,6 +237,40 @@ def test_a_damaged_scan_is_named_after_the_others_are_done(tmp_path: Path) -> No
     np.testing.assert_array_equal(
         np.asarray(nib.load(tmp_path / "out" / "c.nii.gz").dataobj), threshold_by_hand(structured_image((12, 11, 6), 2))
     )
+
+
+def test_ranks_share_the_scans_and_name_those_that_fail(tmp_path: Path) -> None:
+    """Threads stand for ranks; a scan that one of them is the first to fail on, the others fail on too."""
+    names = [f"{i}.nii.gz" for i in range(7)]
+    scans, segment = scans_in(tmp_path / "scans", names), predictor(Threshold(), make_plan(3))
+    cases = list_scans([scans], 1)
+    alone = predict_files(segment, cases, tmp_path / "alone")
+
+    def all_ranks() -> list[list[Path] | str]:
+        def rank(number: int) -> list[Path] | str:
+            try:
+                return predict_together(segment, cases, tmp_path / "out", silent, Ranks(number, 3, number))
+            except InputError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(3) as pool, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the scan that is tried again
+            return list(pool.map(rank, range(3)))
+
+    (whole := scans / "4.nii.gz").rename(tmp_path / "whole.nii.gz")
+    whole.write_bytes((tmp_path / "whole.nii.gz").read_bytes()[:200])
+    for said in all_ranks():
+        assert isinstance(said, str)
+        assert said.startswith("1 of 7 scans could not be predicted")
+        assert "4.nii.gz" in said
+    (tmp_path / "whole.nii.gz").rename(whole)
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    assert len(times) == 6
+    assert all_ranks() == [[tmp_path / "out" / name for name in names]] * 3
+    assert {file: file.stat().st_mtime_ns for file in times} == times, "what was done is left alone"
+    for file in alone:
+        np.testing.assert_array_equal(read_label(tmp_path / "out" / file.name)[0], read_label(file)[0])
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
 
 
 def test_inputs_are_never_replaced_and_results_only_on_demand(tmp_path: Path) -> None:

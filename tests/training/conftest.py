@@ -17,35 +17,36 @@ from utnetv2_fast.training import RunConfig, RunFolder, default_training, loop, 
 STATISTICS = IntensityStatistics(mean=0, std=1, median=0, minimum=-1, maximum=1, percentile_00_5=-1, percentile_99_5=1)
 
 
-def write_run(folder: Path, **settings: object) -> RunFolder:
-    """A configured run of a tiny 2D network on patches of 32 x 32."""
+def write_run(folder: Path, preset: str = "tiny-2d", **settings: object) -> RunFolder:
+    """A configured run of a tiny network on patches of 32 x 32, or in 3D of 4 x 32 x 32."""
+    dimensions = PRESETS[preset].dimensions
     plan = Plan(
         dataset="squares",
-        dimensions=2,
+        dimensions=dimensions,
         labels={"background": 0, "square": 1},
         channels=("MRI",),
         axes=(0, 1, 2),
-        spacing=(None, 1.0, 1.0),
+        spacing=(None if dimensions == 2 else 1.0, 1.0, 1.0),
         median_shape=(4, 32, 32),
         normalisation=("zscore",),
         intensities=(STATISTICS,),
     )
     small = {"channels": (4, 8, 8, 8, 8), "heads": (2, 2, 2), "fusion_channels": 8, "fusion_heads": 2}
-    model = UTNetV2Config(**PRESETS["tiny-2d"].fields | small, in_channels=1, num_classes=2)
+    model = UTNetV2Config(**PRESETS[preset].fields | small, in_channels=1, num_classes=2)
     defaults = {"epochs": 3, "steps_per_epoch": 4, "batch_size": 2, "precision": "float32"}
     run = RunFolder(folder)
     run.write_config(
         RunConfig(
-            preset="tiny-2d",
+            preset=preset,
             data="data",
             prepared="prepared",
             fold=0,
             train_cases=("case0", "case1"),
             held_out_cases=("case2",),
             plan=plan,
-            patch_size=(32, 32),
+            patch_size=(4, 32, 32)[-dimensions:],
             model=model,
-            training=default_training("tiny-2d").model_copy(update=defaults | settings),
+            training=default_training(preset).model_copy(update=defaults | settings),
         )
     )
     return run

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from utnetv2_fast import locks
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.models import UTNetV2
 from utnetv2_fast.training import RunFolder
+from utnetv2_fast.training.run_folder import find_runs, only_training_in
 
 MakeRun = Callable[..., RunFolder]
 
@@ -137,3 +139,33 @@ def test_resources_keep_the_largest_peak_and_the_latest_time(tmp_path: Path) -> 
     run.record_resources(peak_memory_bytes=5, prediction_seconds=3.0, peak_gpu_memory_bytes=None)
     run.record_resources(peak_memory_bytes=4, prediction_seconds=2.0)
     assert run.read_resources() == {"peak_memory_bytes": 5, "prediction_seconds": 2.0}
+
+
+def test_two_trainings_never_write_to_one_folder(tmp_path: Path) -> None:
+    with only_training_in(tmp_path / "run"):
+        with (
+            pytest.raises(InputError, match=r"run: another training \(process \d+ on .+\)"),
+            only_training_in(tmp_path / "run"),
+        ):
+            pass
+        with only_training_in(tmp_path / "other"):
+            pass
+    with only_training_in(tmp_path / "run"):
+        pass
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_without_locks_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "fcntl", None)
+    entered = False
+    with pytest.warns(RuntimeWarning, match="no other training"), only_training_in(tmp_path):
+        entered = True
+    assert entered
+
+
+def test_runs_are_found_in_their_folder_and_in_that_of_all_folds(make_run: MakeRun, tmp_path: Path) -> None:
+    for name in ("all/fold-1", "all/fold-0", "single"):
+        make_run(name)
+    assert [run.path for run in find_runs(tmp_path / "all")] == [tmp_path / "all" / f"fold-{k}" for k in range(2)]
+    assert [run.path for run in find_runs(tmp_path / "single")] == [tmp_path / "single"]
+    assert find_runs(tmp_path) == find_runs(tmp_path / "nowhere") == []

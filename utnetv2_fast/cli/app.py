@@ -19,6 +19,7 @@ from utnetv2_fast.cli.prepare import prepare
 from utnetv2_fast.cli.train import train
 from utnetv2_fast.cli.verify import verify
 from utnetv2_fast.errors import InputError, RunError, Stopped
+from utnetv2_fast.ranks import ALONE, ranks_of_this_job
 
 # What the user can put right without knowing the program: no room, no right, no such place.
 USERS_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
@@ -60,9 +61,10 @@ def main() -> None:
     except RunError as error:
         _fail(str(error), 1)
     except Stopped as stopped:
-        if "--json" in sys.argv:
-            print_json({"stopped": str(stopped), "exit_code": 0})
-        sys.stderr.write(f"{stopped}\n")
+        if ranks_of_this_job().first:
+            if "--json" in sys.argv:
+                print_json({"stopped": str(stopped), "exit_code": 0})
+            sys.stderr.write(f"{stopped}\n")
         sys.exit(0)
     except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
         _fail(
@@ -85,7 +87,11 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     # Names in files may hold anything, also what moves the cursor of a terminal.
     message = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in message)
-    if "--json" in sys.argv:
+    try:
+        ranks = ranks_of_this_job()
+    except InputError:  # and this is what the message says
+        ranks = ALONE
+    if "--json" in sys.argv and ranks.first:
         print_json({"error": message, "exit_code": code})
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error{'' if ranks.count == 1 else f' (rank {ranks.rank})'}: {message}\n")
     sys.exit(code)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from utnetv2_fast.errors import Stopped
 from utnetv2_fast.progress import Track
+from utnetv2_fast.ranks import ranks_of_this_job
 
 T = TypeVar("T")
 
@@ -50,7 +51,12 @@ def _without_nan(value: Any) -> Any:
 
 
 def track(items: Sequence[T], description: str, /) -> Iterable[T]:
-    """Yield `items`, showing progress: a bar in a terminal, else a line on stderr every ten seconds."""
+    """Yield `items`, showing progress: a bar in a terminal, else a line on stderr every ten seconds.
+
+    Of several ranks only the first shows its own.
+    """
+    if not ranks_of_this_job().first:
+        return items
     return _bar(items, description) if messages.is_terminal else _lines(items, description)
 
 
@@ -77,16 +83,22 @@ def _lines(items: Sequence[T], description: str) -> Iterator[T]:
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """A function that tells whether SIGTERM or Ctrl-C has come. The second one ends the program at once.
 
-    A signal that the program was started to ignore, as under nohup, stays ignored.
+    A signal that the program was started to ignore, as under nohup, stays ignored. Of several ranks none ends at once:
+    SLURM and torchrun both tell each of them, and torchrun ends those that take longer than half a minute.
     """
     came = False
+    ranks = ranks_of_this_job()
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal came
+        if ranks.count > 1:
+            message = b"" if came or not ranks.first else b"\nStopping as soon as what is at work is saved.\n"
+        else:
+            signal.signal(number, before[signal.Signals(number)])
+            message = b"\nStopping as soon as what is at work is saved; once more stops at once.\n"
         came = True
-        signal.signal(number, before[signal.Signals(number)])
         # Not through sys.stderr, which the interrupted code may just be writing to.
-        os.write(2, b"\nStopping as soon as what is at work is saved; once more stops at once.\n")
+        os.write(2, message)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     obeyed = [number for number, handler in before.items() if handler is not signal.SIG_IGN]

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from utnetv2_fast.cli.console import Json, console, print_json, track
+from utnetv2_fast.errors import InputError
+from utnetv2_fast.ranks import ranks_of_this_job
 
 if TYPE_CHECKING:
     from utnetv2_fast.evaluation.metrics import Evaluation
+    from utnetv2_fast.training import RunFolder
 
 
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="The folder of label maps to score.", show_default=False)],
-    references: Annotated[
-        Path,
+    folders: Annotated[
+        list[Path],
         typer.Argument(
-            help="A dataset folder, or its folder of label maps (dataset.json beside it).", show_default=False
+            metavar="PREDICTIONS REFERENCES | RUN...",
+            help="The folder of label maps to score, and a dataset folder or its folder of label maps (dataset.json "
+            "beside it); or the run folders of several folds, whose scores are gathered.",
+            show_default=False,
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Where scores.csv and scores.json go.", show_default="the predictions"),
+        typer.Option(
+            "--out", "-o", help="Where scores.csv and scores.json go.", show_default="the predictions; of runs, nowhere"
+        ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="What NSD forgives, in mm.")] = 1.0,
     subset: Annotated[bool, typer.Option("--subset", help="Leave references without a prediction out.")] = False,
@@ -34,21 +43,38 @@ def evaluate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Dice, HD95 and NSD per case and class, on the scans' own grids.
+    """Dice, HD95 and NSD per case and class, on the scans' own grids; or those of all folds of a dataset together.
 
     A class absent from both label maps of a case is not counted there; absent from one of them: Dice 0, NSD 0, and as
-    HD95 the diagonal of the scan.
+    HD95 the diagonal of the scan. Started by torchrun or srun, the processes share the cases.
 
     Examples:
 
     utnetv2-fast evaluate predictions/ data/acdc --subset
 
     utnetv2-fast evaluate predictions/ data/acdc --report acdc.html
+
+    utnetv2-fast evaluate runs/acdc-fold0 runs/acdc-fold1 runs/acdc-fold2
     """
     from utnetv2_fast.evaluation.metrics import evaluate_folder
     from utnetv2_fast.evaluation.tables import summarise, write_tables
+    from utnetv2_fast.training.run_folder import find_runs
 
-    evaluation = evaluate_folder(predictions, references, track, tolerance=tolerance, subset=subset)
+    ranks = ranks_of_this_job()
+    if runs := {run.path.resolve(): run for folder in folders for run in find_runs(folder)}:
+        if report is not None:
+            raise InputError("--report needs one folder of label maps; each run has a report.html of its own.")
+        if ranks.first:
+            _gather(list(runs.values()), out, json)
+        return
+    if len(folders) != 2:
+        raise InputError("Give a folder of label maps and that of their references, or the folders of finished runs.")
+    predictions, references = folders
+    evaluation = evaluate_folder(
+        predictions, references, track, tolerance=tolerance, subset=subset, folder=out, ranks=ranks
+    )
+    if not ranks.first:
+        return
     write_tables(evaluation, out or predictions)
     if report is not None:
         from utnetv2_fast.evaluation.report import report_on_folder, write_report
@@ -58,6 +84,37 @@ def evaluate(
         print_json(summarise(evaluation))
     else:
         console.print(score_table(evaluation))
+
+
+def _gather(runs: Sequence[RunFolder], out: Path | None, json: bool) -> None:
+    """Show the scores of several runs' held-out scans together, and write them to `out`."""
+    from utnetv2_fast.evaluation.folds import pool_folds, spread_over_folds
+    from utnetv2_fast.evaluation.tables import read_tables, summarise, write_tables
+
+    folds = {run.path: read_tables(run.validation_folder) for run in runs}
+    pooled, spread = pool_folds(folds), spread_over_folds(list(folds.values()))
+    if out is not None:
+        write_tables(pooled, out)
+    if json:
+        scores = {str(path): summarise(fold) for path, fold in folds.items()}
+        print_json({"runs": scores, "folds": spread, "pooled": summarise(pooled)})
+        return
+    console.print(score_table(pooled))
+    console.print(folds_table(folds, spread))
+
+
+def folds_table(folds: Mapping[Path, Evaluation], spread: Mapping[str, Mapping[str, float]]) -> Table:
+    """Each fold's mean over its classes, and the mean and deviation of these, for the screen."""
+    table = Table("fold", "Dice", "HD95 (mm)", "NSD", "cases")
+    digits = {"dice": 3, "hd95": 2, "nsd": 3}
+    for path, fold in folds.items():
+        means = (_spread(fold.mean(metric), math.nan, n) for metric, n in digits.items())
+        table.add_row(escape(str(path)), *means, str(len(fold.cases)))
+    table.add_section()
+    cases = sum(len(fold.cases) for fold in folds.values())
+    over_folds = (_spread(spread[metric]["mean"], spread[metric]["std"], n) for metric, n in digits.items())
+    table.add_row("mean", *over_folds, str(cases))
+    return table
 
 
 def score_table(evaluation: Evaluation) -> Table:

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from utnetv2_fast.cli.console import Json, console, print_json, track
+from utnetv2_fast.errors import InputError
 from utnetv2_fast.memory import keep_freed_memory
+from utnetv2_fast.ranks import ranks_of_this_job
 
 
 def predict(
@@ -43,25 +45,37 @@ def predict(
 
     Those that are there already, made from the same scans by the same weights, are kept.
 
+    Started by torchrun or srun, the processes share the scans, and go on where earlier ones were stopped.
+
     Example: utnetv2-fast predict runs/acdc -i scans/ -o predictions/
     """
     from utnetv2_fast.data.dataset import list_scans
     from utnetv2_fast.data.nifti import ENDINGS
+    from utnetv2_fast.devices import resolve_device
     from utnetv2_fast.inference.predict import Predictor, predict_files
+    from utnetv2_fast.inference.together import predict_together
 
+    ranks = ranks_of_this_job()
+    if overwrite and ranks.count > 1:
+        raise InputError("--overwrite is for a single process; delete the old label maps, or write to another folder.")
     # The shell writes `-i *.nii.gz` out, and all files but the first arrive as arguments.
     scans = [path for path in runs if path.name.endswith(ENDINGS)]
     keep_freed_memory()
     predictor = Predictor.load(
         [path for path in runs if path not in scans],
         weights=weights,
-        device=device,
+        device=str(resolve_device(device, ranks.local)),
         batch_size=batch_size,
         weighting=weighting,
         mirror=mirror,
     )
     cases = list_scans([*inputs, *scans], len(predictor.plan.channels))
-    written, kept = predict_files(predictor, cases, out, track, overwrite=overwrite)
+    if ranks.count == 1:
+        written, kept = predict_files(predictor, cases, out, track, overwrite=overwrite)
+    else:
+        written, kept = predict_together(predictor, cases, out, track, ranks)
+    if not ranks.first:
+        return
     if json:
         predictions = {file.name.removesuffix(".nii.gz"): file for file in sorted([*written, *kept])}
         print_json({"predictions": predictions, "kept": [file.name.removesuffix(".nii.gz") for file in kept]})

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from utnetv2_fast.cli.console import Json, console, print_json, track
+from utnetv2_fast.ranks import ranks_of_this_job
 
 
 def prepare(
@@ -21,7 +22,8 @@ def prepare(
 ) -> None:
     """Verify a dataset, plan it by nnU-Net's rules, resample every case and store it for training.
 
-    What is prepared already and has not changed is not done again.
+    What is prepared already and has not changed is not done again. Started by torchrun or srun, the processes share the
+    cases.
 
     Example: utnetv2-fast prepare data/acdc --dimensions 2
     """
@@ -29,8 +31,12 @@ def prepare(
     from utnetv2_fast.data.prepare import default_folder
     from utnetv2_fast.data.prepare import prepare as prepare_dataset
 
+    ranks = ranks_of_this_job()
     content = read_dataset(dataset)
-    prepared = prepare_dataset(content, out or default_folder(content, dimensions), dimensions, track)
+    folder = out or default_folder(content, dimensions)
+    prepared = prepare_dataset(content, folder, dimensions, track, ranks=ranks)
+    if not ranks.first:
+        return
     plan = prepared.plan
     if json:
         print_json({"folder": prepared.folder, "cases": len(prepared.cases), "plan": plan.model_dump(mode="json")})

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,10 +27,14 @@ from utnetv2_fast.cli.console import track as show_progress
 from utnetv2_fast.cli.evaluate import score_table
 from utnetv2_fast.errors import InputError, Stopped
 from utnetv2_fast.memory import keep_freed_memory
+from utnetv2_fast.ranks import Ranks, ranks_of_this_job
 
 if TYPE_CHECKING:
+    import torch
+
     from utnetv2_fast.data.dataset import Dataset
     from utnetv2_fast.progress import Track
+    from utnetv2_fast.training import RunFolder
     from utnetv2_fast.training.loop import Progress
     from utnetv2_fast.training.recipe import Leak
 
@@ -98,7 +102,8 @@ def train(
     """Train UTNetV2 on a dataset, then predict and score the held-out fold. Prepares what is not prepared.
 
     Without --data it makes a small cardiac dataset and trains on that. SIGTERM or Ctrl-C stops it with everything
-    saved; killed in any other way, it goes on from the last state that it saved.
+    saved; killed in any other way, it goes on from the last state that it saved. Started by torchrun, the processes
+    train one network together and divide each batch among them.
 
     Examples:
 
@@ -111,22 +116,27 @@ def train(
     utnetv2-fast train --data data/bcv --recipe bcv-3d --protocol paper --leak-label-crop
 
     utnetv2-fast train --resume --out runs/acdc
+
+    torchrun --nproc-per-node 2 -m utnetv2_fast train --data data/acdc --out runs/acdc
     """
     from utnetv2_fast.data.dataset import read_dataset
     from utnetv2_fast.data.prepare import default_folder
     from utnetv2_fast.data.prepare import prepare as prepare_dataset
     from utnetv2_fast.devices import resolve_device
+    from utnetv2_fast.evaluation.folds import spread_over_folds
     from utnetv2_fast.evaluation.tables import summarise
     from utnetv2_fast.experiment import (
         existing_runs,
         new_runs,
         refuse_existing_runs,
         run_fold,
-        spread_over_folds,
         suggest_preset,
     )
     from utnetv2_fast.models import get_preset
+    from utnetv2_fast.training.loop import ignore_progress
+    from utnetv2_fast.training.parallel import part_of_batch, process_group, wait_for_all
     from utnetv2_fast.training.recipe import change_training, load_recipe, recipe_for_preset, with_leaks
+    from utnetv2_fast.training.run_folder import only_training_in
     from utnetv2_fast.training.tensorboard import require_tensorboard
 
     keep_freed_memory()
@@ -134,7 +144,8 @@ def train(
         require_tensorboard()
     stop = context.with_resource(stop_signals())
     track = stopping(show_progress, stop)
-    target = resolve_device(device)
+    ranks = ranks_of_this_job()
+    target = resolve_device(device, ranks.local)
     changes = _given(
         epochs=epochs,
         steps_per_epoch=steps_per_epoch,
@@ -155,15 +166,15 @@ def train(
     if resume:
         if out is None or changes or any(given is not None for given in (preset, recipe, protocol, fold)) or leaks:
             raise InputError("--resume needs --out, and keeps the run's own settings: leave the others out.")
-        runs = existing_runs(out)
+        runs, configs = existing_runs(out), []
         config = runs[0].config
+        part_of_batch(config.training.batch_size, ranks)
         dataset = read_dataset(data or Path(config.data))
-        store = prepare_dataset(
-            dataset, prepared or Path(config.prepared), config.plan.dimensions, track, config.preparation
-        )
+        folder, dimensions = prepared or Path(config.prepared), config.plan.dimensions
+        store = prepare_dataset(dataset, folder, dimensions, track, config.preparation, ranks=ranks)
     else:
         folds = None if fold == "all" else [_fold_number(fold or "0")]
-        dataset = read_dataset(data) if data is not None else _demo_dataset(track)
+        dataset = read_dataset(data) if data is not None else _demo_dataset(track, ranks)
         if recipe is None:
             settings = recipe_for_preset(preset or suggest_preset(dataset, target), protocol or "clean")
         else:
@@ -174,23 +185,45 @@ def train(
         dimensions, preparation = get_preset(settings.preset).dimensions, settings.preparation
         name = f"{dataset.folder.resolve().name}-{settings.preset}-{'all' if folds is None else f'fold{folds[0]}'}"
         out = out or Path("runs") / name
+        part_of_batch(settings.training.batch_size, ranks)
         refuse_existing_runs(out)
         folder = prepared or default_folder(dataset, dimensions, preparation)
-        store = prepare_dataset(dataset, folder, dimensions, track, preparation)
-        runs = new_runs(store, dataset.folder, settings, folds, out)
+        store = prepare_dataset(dataset, folder, dimensions, track, preparation, ranks=ranks)
+        configs = new_runs(store, dataset.folder, settings, folds, out)
+        runs = [run for run, _ in configs]
 
     evaluations = []
-    for run in runs:
-        messages.print(f"{run.path}: {run.config.preset}, {len(store.cases)} cases, fold {run.config.fold}, {target}.")
-        with _saying_how_to_resume(out, device), _training_bar() as watch:
-            evaluation = run_fold(
-                run, dataset, store, target, watch=watch, track=track, stop=stop, tensorboard=tensorboard
-            )
-        evaluations.append(evaluation)
-        if not json:
-            if evaluation.leaks:
-                console.print(f"With leaks: {', '.join(evaluation.leaks)}.", highlight=False)
-            console.print(score_table(evaluation))
+    with process_group(ranks, target), ExitStack() as stack:
+        if ranks.first:
+            for path in dict.fromkeys((out, *(run.path for run in runs))):
+                stack.enter_context(only_training_in(path))
+            if not resume:
+                refuse_existing_runs(out)  # which another training may have begun meanwhile
+            for run, config in configs:
+                run.write_config(config)
+        wait_for_all()
+        for run in runs:
+            if ranks.first:
+                _announce(run, len(store.cases), target, ranks)
+            with _saying_how_to_resume(out, device), _training_bar() if ranks.first else nullcontext() as watch:
+                evaluation = run_fold(
+                    run,
+                    dataset,
+                    store,
+                    target,
+                    watch=watch or ignore_progress,
+                    track=track,
+                    stop=stop,
+                    tensorboard=tensorboard,
+                    ranks=ranks,
+                )
+            evaluations.append(evaluation)
+            if ranks.first and not json:
+                if evaluation.leaks:
+                    console.print(f"With leaks: {', '.join(evaluation.leaks)}.", highlight=False)
+                console.print(score_table(evaluation))
+    if not ranks.first:
+        return
     spread = spread_over_folds(evaluations)
     if json:
         scores = {str(run.path): summarise(evaluation) for run, evaluation in zip(runs, evaluations, strict=True)}
@@ -207,6 +240,11 @@ def train(
     console.print(f"{out}: weights, metrics, predictions of the held-out scans, and {report}.", highlight=False)
 
 
+def _announce(run: RunFolder, cases: int, device: torch.device, ranks: Ranks) -> None:
+    together = "" if ranks.count == 1 else f", {ranks.count} processes"
+    messages.print(f"{run.path}: {run.config.preset}, {cases} cases, fold {run.config.fold}, {device}{together}.")
+
+
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
@@ -217,13 +255,21 @@ def _fold_number(fold: str) -> int:
     return int(fold)
 
 
-def _demo_dataset(track: Track) -> Dataset:
+def _demo_dataset(track: Track, ranks: Ranks) -> Dataset:
     from utnetv2_fast.data.dataset import read_dataset
     from utnetv2_fast.data.phantom import write_phantom
+    from utnetv2_fast.sharing import in_order, share
 
-    if (DEMO / "dataset.json").exists():
-        return read_dataset(DEMO)
-    return write_phantom(DEMO, track=track)
+    share(
+        lambda folder: write_phantom(folder, track=track),
+        [DEMO],
+        name=str,
+        finished=lambda folder: (folder / "dataset.json").exists(),
+        folder=DEMO / ".locks",
+        ranks=ranks,
+        for_each=in_order,
+    )
+    return read_dataset(DEMO)
 
 
 @contextmanager

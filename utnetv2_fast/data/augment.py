@@ -18,6 +18,8 @@ THICK_SLICES = 3.0
 # A slice longer than this multiple of its width keeps its pose to within these degrees (nnU-Net's rule for 2D patches).
 ELONGATED, ELONGATED_DEGREES = 1.5, 15.0
 
+_STREAM = 1  # keeps these numbers apart from the sampler's, which draws by the same seed, step and index
+
 
 class Effect(BaseModel):
     """How often an effect strikes a sample, and what its strength is drawn from.
@@ -153,12 +155,15 @@ def augment(
     spacing: Sequence[float],
     profile: AugmentationProfile,
     seed: Sequence[int],
+    first: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn a batch as it was read into one to train on.
+    """Turn a batch as it was read, or a part of it, into one to train on.
 
     image    (B, C, *source) floating point, label (B, *source) integers, on any device; neither is changed
     spacing  mm along each axis of the patch
-    seed     non-negative integers, such as (seed, step): the result depends on them and the input alone
+    seed     non-negative integers, such as (seed, step)
+    first    index of the first sample in the whole batch; a sample's result depends on `seed`, its index and the sample
+             alone, so that the parts of a batch become what they become in the whole
 
     Returns image (B, C, *patch_size) float32 and label (B, *patch_size) int64 on the same device. Where a turned or
     shrunken sample reaches outside the source, the image is 0 (the mean of a z-scored scan) and the label background.
@@ -166,30 +171,39 @@ def augment(
     """
     patch = tuple(patch_size)
     _check(image, label, patch, spacing)
-    seeds = np.random.SeedSequence(list(seed)).generate_state(2, np.uint64) >> 1
     # Choices are made on the CPU, so that every device makes the same ones; noise is drawn where it is needed.
-    generator = torch.Generator().manual_seed(int(seeds[0]))
-    field_generator = torch.Generator(image.device).manual_seed(int(seeds[1]))
+    generators = [np.random.default_rng((*seed, first + b, _STREAM)) for b in range(len(image))]
 
-    image, label = _move(image, label, patch, spacing, profile, generator)
+    def uniform(*shape: int) -> torch.Tensor:
+        """(B, *shape) in [0, 1)."""
+        drawn = np.empty((len(generators), *shape), dtype=np.float32)
+        for b, generator in enumerate(generators):
+            drawn[b] = generator.random(shape, dtype=np.float32)
+        return torch.from_numpy(drawn)
+
+    image, label = _move(image, label, patch, spacing, profile, uniform)
+    channels = image.shape[1]
     rows = image.flatten(0, 1)  # (B * C, *patch): channels get their own intensities
     # Neither blur nor low resolution crosses thick slices.
     planar = _planar(spacing, profile)
     axes = range(2, len(patch) + 1) if len(patch) == 3 and planar else range(1, len(patch) + 1)
 
+    def struck(effect: Effect) -> tuple[list[int], torch.Tensor]:
+        """The m rows that `effect` strikes, and its strength (m, 3) there."""
+        hit = (uniform(1) < effect.probability) & (uniform(channels) < effect.channel_probability)
+        return hit.flatten().nonzero().flatten().tolist(), _drawn(effect, uniform(channels, 3))[hit].to(rows.device)
+
     def strike(effect: Effect, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         """Replace the rows that `effect` strikes by change(rows (m, *patch), strength (m, 3))."""
-        struck = torch.rand(image.shape[0], 1, generator=generator) < effect.probability
-        struck = struck & (torch.rand(image.shape[:2], generator=generator) < effect.channel_probability)
-        strength = _drawn(effect, torch.rand(*image.shape[:2], 3, generator=generator))[struck]
-        if len(strength):
-            index = struck.flatten().nonzero().flatten().to(rows.device)
-            rows.index_copy_(0, index, change(rows.index_select(0, index), strength.to(rows.device)))
+        index, strength = struck(effect)
+        if index:
+            rows[index] = change(rows[index], strength)
 
-    def noise(x: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        return x + _per_row(std, x) * torch.randn(x.shape, generator=field_generator, device=x.device)
-
-    strike(profile.noise, noise)
+    index, std = struck(profile.noise)
+    field_seeds = [int(field) for generator in generators for field in generator.integers(2**63, size=channels)]
+    for row, of_row in zip(index, std[:, 0], strict=True):
+        generator = torch.Generator(rows.device).manual_seed(field_seeds[row])
+        rows[row] += of_row * torch.randn(patch, generator=generator, device=rows.device)
     strike(profile.blur, lambda x, sigma: _along(x, axes, sigma, _gaussian))
     strike(profile.shift, lambda x, value: x + _per_row(value, x))
     strike(profile.brightness, lambda x, factor: x * _per_row(factor, x))
@@ -198,6 +212,9 @@ def augment(
     strike(profile.inverted_gamma, lambda x, exponent: -_gamma(-x, exponent))
     strike(profile.gamma, _gamma)
     return image, label
+
+
+_UniformNumbers = Callable[..., torch.Tensor]  # (*shape) -> (B, *shape) in [0, 1)
 
 
 def _drawn(effect: Effect, u: torch.Tensor) -> torch.Tensor:
@@ -274,47 +291,40 @@ def _move(
     patch: tuple[int, ...],
     spacing: Sequence[float],
     profile: AugmentationProfile,
-    generator: torch.Generator,
+    uniform: _UniformNumbers,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate, scale, shear, mirror: samples that are at most mirrored are cropped, the others resampled once."""
     batch, dimensions = image.shape[0], len(patch)
     planar = _planar(spacing, profile)
     rotation = _rotation(patch, spacing, profile)
-    rotated = torch.rand(batch, generator=generator) < rotation.probability
-    degrees = _drawn(rotation, torch.rand(batch, 1 if planar else 3, generator=generator)) * rotated[:, None]
-    scaled = torch.rand(batch, generator=generator) < profile.scaling.probability
+    rotated = uniform() < rotation.probability
+    degrees = _drawn(rotation, uniform(1 if planar else 3)) * rotated[:, None]
+    scaled = uniform() < profile.scaling.probability
     if profile.moves_together:
         scaled = rotated
-    drawn = torch.rand(batch, dimensions if profile.scaling_per_axis else 1, generator=generator)
+    drawn = uniform(dimensions if profile.scaling_per_axis else 1)
     scales = torch.where(scaled[:, None], _drawn(profile.scaling, drawn), 1.0).expand(batch, dimensions)
     sheared, shears = torch.zeros(batch, dtype=torch.bool), torch.zeros(batch, 2)
     if profile.shear.probability:
-        sheared = torch.rand(batch, generator=generator) < profile.shear.probability
+        sheared = uniform() < profile.shear.probability
         sheared = rotated if profile.moves_together else sheared
-        shears = _drawn(profile.shear, torch.rand(batch, 2, generator=generator)) * sheared[:, None]
+        shears = _drawn(profile.shear, uniform(2)) * sheared[:, None]
     axes = range(dimensions) if profile.mirror_axes is None else profile.mirror_axes
     mirrored = torch.zeros(batch, dimensions, dtype=torch.bool)
     mirror_probability = torch.tensor(profile.mirror_probability)  # of each axis, or of all
-    mirrored[:, list(axes)] = torch.rand(batch, len(axes), generator=generator) < mirror_probability
+    mirrored[:, list(axes)] = uniform(len(axes)) < mirror_probability
 
     out_image = image.new_empty((*image.shape[:2], *patch), dtype=torch.float32)
     out_label = label.new_empty((batch, *patch), dtype=torch.int64)
     crop = tuple(slice((s - p) // 2, (s - p) // 2 + p) for s, p in zip(image.shape[2:], patch, strict=True))
-    resampled = rotated | scaled | sheared
-    if resampled.any():
-        index = resampled.nonzero().flatten()
-        matrices = _matrices(degrees[index], scales[index], shears[index], spacing)
-        index = index.to(image.device)
-        out_image[index], out_label[index] = _resample(image, label, index, patch, matrices, planar)
+    in_every_channel = (slice(None), *crop)
     for b in range(batch):
+        moved_image, moved_label = image[b][in_every_channel], label[b][crop]
+        if rotated[b] or scaled[b] or sheared[b]:
+            matrix = _matrices(degrees[b, None], scales[b, None], shears[b, None], spacing)
+            moved_image, moved_label = _resample(image[b], label[b], patch, matrix, planar)
         flips = [axis - dimensions for axis in mirrored[b].nonzero().flatten().tolist()]
-        if not resampled[b]:
-            out_label[b] = label[b][crop].flip(flips)
-            in_every_channel = (slice(None), *crop)
-            out_image[b] = image[b][in_every_channel].flip(flips)
-        elif flips:
-            out_image[b] = out_image[b].flip(flips)
-            out_label[b] = out_label[b].flip(flips)
+        out_image[b], out_label[b] = moved_image.flip(flips), moved_label.flip(flips)
     return out_image, out_label
 
 
@@ -326,27 +336,22 @@ def _margins(matrices: torch.Tensor, patch: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _resample(
-    image: torch.Tensor,
-    label: torch.Tensor,
-    index: torch.Tensor,
-    patch: tuple[int, ...],
-    matrices: torch.Tensor,
-    planar: bool,
+    image: torch.Tensor, label: torch.Tensor, patch: tuple[int, ...], matrices: torch.Tensor, planar: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples `index` (n,) of the batch at patch size: image linear, label nearest, on one grid.
+    """A sample (C, *source), (*source) at patch size: image linear, label nearest, on one grid.
 
-    matrices (n, k, k) lead from an offset in the patch to the offset in the source; both have the same centre.
+    matrices (1, k, k) leads from an offset in the patch to the offset in the source; both have the same centre. One
+    sample at a time: in a batch its coordinates would be rounded as the others require.
     """
-    # Only what these samples reach is copied: the source is as large as the worst sample asks for.
+    # Only what this sample reaches is copied: the source is as large as the worst sample asks for.
     box: list[slice] = []
-    for size, p, margin in zip(image.shape[2:], patch, _margins(matrices, patch), strict=True):
+    for size, p, margin in zip(label.shape, patch, _margins(matrices, patch), strict=True):
         start = (size - p) // 2
         margin = min(margin, start)
         box.append(slice(start - margin, start + p + margin))
-    within = (slice(None), slice(None), *box)
-    image, label = image[within][index].float(), label[:, None][within][index].float()
-    n, channels = image.shape[:2]
-    shape = (n, channels, *patch)
+    within, in_every_channel = tuple(box), (slice(None), *box)
+    image, label = image[in_every_channel][None].float(), label[within][None, None].float()
+    shape = (image.shape[1], *patch)
     if planar and len(patch) == 3:
         # Slices do not mix: they ride along as channels of a two-dimensional resampling.
         image, label = image.flatten(1, 2), label.flatten(1, 2)
@@ -357,12 +362,12 @@ def _resample(
     offsets = [torch.arange(p, device=image.device) - (p - 1) / 2 for p in patch]
     coordinates = []
     for i in reversed(axes):
-        parts = [(rows[:, i, j, None] * offsets[j]).view(n, *(-1 if a == j else 1 for a in axes)) for j in axes]
+        parts = [(rows[:, i, j, None] * offsets[j]).view(1, *(-1 if a == j else 1 for a in axes)) for j in axes]
         coordinates.append(sum(parts[1:], start=parts[0]))
     grid = torch.stack(coordinates, dim=-1)
     image = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     label = F.grid_sample(label, grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return image.view(shape), label.view(n, *shape[2:]).long()
+    return image.view(shape), label.view(shape[1:]).long()
 
 
 def _per_row(strength: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +18,7 @@ from utnetv2_fast.data.dataset import Case, Dataset, first_of
 from utnetv2_fast.data.threads import map_in_threads
 from utnetv2_fast.data.verify import CaseReport, all_problems, check_case
 from utnetv2_fast.errors import InputError
+from utnetv2_fast.files import atomic_write
 from utnetv2_fast.progress import Track, silent
 
 # nnU-Net draws 1e8 foreground voxels per channel over all cases; a tenth of that fixes the 0.5 % and 99.5 %
@@ -68,30 +75,76 @@ def nonzero_box(image: NDArray[np.generic]) -> tuple[slice, slice, slice]:
     return z, y, x
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What the fingerprint is made of: of one case, where `fingerprint` and `sample` are None if it has problems.
+
+    `sample` (C, k) float32 are intensities of foreground voxels.
+    """
+
+    report: CaseReport
+    fingerprint: CaseFingerprint | None
+    sample: NDArray[np.float32] | None
+
+
 def compute_fingerprint(dataset: Dataset, track: Track = silent) -> Fingerprint:
     """Read and verify every case once.
 
     Raises InputError with the first problem, and how many more there are.
     """
-    samples = _SAMPLED_VOXELS // len(dataset.cases)
+    measurements = map_in_threads(partial(measure_case, dataset), dataset.cases, track, "Reading")
+    return combine_measurements(dataset, measurements)
 
-    def measure(case: Case) -> tuple[CaseReport, CaseFingerprint | None, NDArray[np.float32] | None]:
-        report, scan, label = check_case(dataset, case)
-        if report.problems or scan is None or label is None:
-            return report, None, None
-        shape = tuple(part.stop - part.start for part in nonzero_box(scan.image))
-        fingerprint = CaseFingerprint(
-            shape=shape, spacing=scan.grid.spacing, relative_size=prod(shape) / scan.image[0].size
-        )
-        return report, fingerprint, _sample(scan.image, label, samples)
 
-    reports, fingerprints, drawn = zip(*map_in_threads(measure, dataset.cases, track, "Reading"), strict=True)
-    if problems := all_problems(dataset, reports):
-        raise InputError(first_of(problems))
-    return Fingerprint(
-        cases={case.name: fingerprint for case, fingerprint in zip(dataset.cases, fingerprints, strict=True)},
-        intensities=tuple(_statistics(np.concatenate(channel)) for channel in zip(*drawn, strict=True)),
+def measure_case(dataset: Dataset, case: Case) -> Measurement:
+    """Read and verify one case of `dataset`."""
+    report, scan, label = check_case(dataset, case)
+    if report.problems or scan is None or label is None:
+        return Measurement(report, None, None)
+    shape = tuple(part.stop - part.start for part in nonzero_box(scan.image))
+    fingerprint = CaseFingerprint(
+        shape=shape, spacing=scan.grid.spacing, relative_size=prod(shape) / scan.image[0].size
     )
+    return Measurement(report, fingerprint, _sample(scan.image, label, _SAMPLED_VOXELS // len(dataset.cases)))
+
+
+def combine_measurements(dataset: Dataset, measurements: Sequence[Measurement]) -> Fingerprint:
+    """The fingerprint from the measurements of all cases, in their order; InputError as `compute_fingerprint`."""
+    if problems := all_problems(dataset, [measurement.report for measurement in measurements]):
+        raise InputError(first_of(problems))
+    drawn = zip(*(m.sample for m in measurements if m.sample is not None), strict=True)  # of each channel
+    return Fingerprint(
+        cases={c.name: m.fingerprint for c, m in zip(dataset.cases, measurements, strict=True) if m.fingerprint},
+        intensities=tuple(_statistics(np.concatenate(channel)) for channel in drawn),
+    )
+
+
+def save_measurement(measurement: Measurement, file: Path) -> None:
+    """Write `file` (.npz), of which nobody sees half."""
+    report, fingerprint = measurement.report, measurement.fingerprint
+    description = {
+        "problems": report.problems,
+        "classes": sorted(report.classes),
+        "digest": report.digest and report.digest.hex(),
+        "fingerprint": fingerprint and fingerprint.model_dump(mode="json"),
+    }
+    parts: dict[str, Any] = {"description": json.dumps(description)}
+    if measurement.sample is not None:
+        parts["sample"] = measurement.sample
+    with atomic_write(file) as temporary:
+        np.savez(temporary, **parts)
+
+
+def load_measurement(file: Path) -> Measurement:
+    """What `save_measurement` wrote."""
+    with np.load(file) as stored:
+        description = json.loads(str(stored["description"]))
+        sample = stored.get("sample")
+    digest, fingerprint = description["digest"], description["fingerprint"]
+    report = CaseReport(
+        tuple(description["problems"]), frozenset(description["classes"]), digest and bytes.fromhex(digest)
+    )
+    return Measurement(report, fingerprint and CaseFingerprint.model_validate(fingerprint), sample)
 
 
 def _sample(image: NDArray[np.float32], label: NDArray[np.uint8], count: int) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from utnetv2_fast.data.dataset import Case, Dataset
-from utnetv2_fast.data.fingerprint import Fingerprint, compute_fingerprint
+from utnetv2_fast.data.fingerprint import (
+    Fingerprint,
+    combine_measurements,
+    compute_fingerprint,
+    load_measurement,
+    measure_case,
+    save_measurement,
+)
 from utnetv2_fast.data.nifti import read_label, read_scan
 from utnetv2_fast.data.plan import Dimensions, Plan, Preparation, make_plan
 from utnetv2_fast.data.preprocess import preprocess_image, preprocess_label
@@ -23,6 +31,8 @@ from utnetv2_fast.data.threads import map_in_threads
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.files import atomic_write, lies_inside, read_bounded, write_text_atomically
 from utnetv2_fast.progress import Track, silent
+from utnetv2_fast.ranks import ALONE, Ranks
+from utnetv2_fast.sharing import in_order, share
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -126,16 +136,19 @@ def prepare(
     dimensions: Dimensions,
     track: Track = silent,
     preparation: Preparation = _BY_RULE,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Verify `dataset`, plan it and store every case under `folder`; only what changed since the last time is done.
 
     A file counts as changed when its size or its modification time does. Stopped at any point, the work goes on
-    where it was when called again. Raises InputError with the first problem of the dataset, and how many more, and when
+    where it was when called again. All `ranks` of a job call it together and share the cases; it returns on each when
+    everything is done. Raises InputError with the first problem of the dataset, and how many more, and when
     `folder` holds the cases of another dataset or for other dimensions.
     """
     folder = Path(folder)
     _refuse_foreign(folder, dataset, dimensions)
-    fingerprint = _fingerprint(dataset, folder / "fingerprint.json", track)
+    fingerprint = _fingerprint(dataset, folder, track, ranks)
     plan = make_plan(dataset, fingerprint, dimensions, preparation)
     recipe = _recipe(plan)
     records = {
@@ -148,18 +161,37 @@ def prepare(
         )
         for case in dataset.cases
     }
-    plan_file = folder / "plan.json"
-    stale = [case for case in dataset.cases if _stored(_Record, _record_file(folder, case.name)) != records[case.name]]
-    removed = [file for file in (folder / "cases").glob("*.json") if file.stem not in records]
-    if stale or removed or _stored(Plan, plan_file) != plan:
-        plan_file.unlink(missing_ok=True)
-    for file in removed:
-        _remove_case(folder, file.stem)
+    plan_file, locks = folder / "plan.json", folder / ".locks"
 
     def store(case: Case) -> None:
+        plan_file.unlink(missing_ok=True)
         _store_case(case, folder, plan, records[case.name])
 
-    map_in_threads(store, stale, track, "Preparing")
+    def is_stored(case: Case) -> bool:
+        return _stored(_Record, _record_file(folder, case.name)) == records[case.name]
+
+    def remove(file: Path) -> None:
+        plan_file.unlink(missing_ok=True)
+        _remove_case(folder, file.stem)
+
+    share(
+        remove,
+        [file for file in (folder / "cases").glob("*.json") if file.stem not in records],
+        name=lambda file: file.stem,
+        finished=lambda file: not file.exists(),
+        folder=locks,
+        ranks=ranks,
+        for_each=in_order,
+    )
+    share(
+        store,
+        dataset.cases,
+        name=lambda case: case.name,
+        finished=is_stored,
+        folder=locks,
+        ranks=ranks,
+        for_each=partial(map_in_threads, track=track, description="Preparing"),
+    )
     with atomic_write(folder / "dataset.json") as temporary:
         shutil.copyfile(dataset.folder / "dataset.json", temporary)
     write_text_atomically(plan_file, plan.model_dump_json(indent=2))
@@ -179,13 +211,53 @@ def _refuse_foreign(folder: Path, dataset: Dataset, dimensions: Dimensions) -> N
         )
 
 
-def _fingerprint(dataset: Dataset, file: Path, track: Track) -> Fingerprint:
+def _fingerprint(dataset: Dataset, folder: Path, track: Track, ranks: Ranks) -> Fingerprint:
+    file = folder / "fingerprint.json"
     sources = _digest([_sources(dataset.cases), dataset.channels, dataset.labels])
-    stored = _stored(_StoredFingerprint, file)
-    if stored is not None and stored.sources == sources:
-        return stored.fingerprint
-    fingerprint = compute_fingerprint(dataset, track)
-    write_text_atomically(file, _StoredFingerprint(sources=sources, fingerprint=fingerprint).model_dump_json(indent=2))
+
+    def stored() -> Fingerprint | None:
+        found = _stored(_StoredFingerprint, file)
+        return found.fingerprint if found is not None and found.sources == sources else None
+
+    def store(fingerprint: Fingerprint) -> None:
+        content = _StoredFingerprint(sources=sources, fingerprint=fingerprint)
+        write_text_atomically(file, content.model_dump_json(indent=2))
+
+    if (fingerprint := stored()) is not None:
+        return fingerprint
+    if ranks.count == 1:
+        fingerprint = compute_fingerprint(dataset, track)
+        store(fingerprint)
+        return fingerprint
+    measured = folder / ".measured"
+
+    def measurement_file(case: Case) -> Path:
+        return measured / f"{case.name}.{_digest([_sources([case]), sources])[:16]}.npz"
+
+    def combine(dataset: Dataset) -> None:
+        store(combine_measurements(dataset, [load_measurement(measurement_file(case)) for case in dataset.cases]))
+        shutil.rmtree(measured)
+
+    share(
+        lambda case: save_measurement(measure_case(dataset, case), measurement_file(case)),
+        dataset.cases,
+        name=lambda case: case.name,
+        finished=lambda case: stored() is not None or measurement_file(case).exists(),
+        folder=folder / ".locks",
+        ranks=ranks,
+        for_each=partial(map_in_threads, track=track, description="Reading"),
+    )
+    share(
+        combine,
+        [dataset],
+        name=lambda _: "fingerprint",
+        finished=lambda _: stored() is not None,
+        folder=folder / ".locks",
+        ranks=ranks,
+        for_each=in_order,
+    )
+    if (fingerprint := stored()) is None:
+        raise InputError(f"{dataset.folder}: its files were changed while they were read; prepare it again.")
     return fingerprint
 
 

@@ -52,15 +52,16 @@ class PatchSampler:
         if any(source < patch for source, patch in zip(self.source_size, self.patch_size, strict=True)):
             raise ValueError(f"source_size {self.source_size} is smaller than patch_size {self.patch_size}")
 
-    def batch(self, step: int) -> Batch:
-        """The batch of `step` (>= 0). The last samples are the ones forced onto foreground.
+    def batch(self, step: int, part: range | None = None) -> Batch:
+        """The batch of `step` (>= 0), or `part` of its samples. The last ones of all are those forced onto foreground.
 
         Their number is batch_size * foreground_fraction, rounded up or down at random such that the share holds on
         average however small the batch.
         """
         rounding = np.random.default_rng((self.seed, step, self.batch_size)).random()
         forced = math.floor(self.batch_size * self.foreground_fraction + rounding)
-        samples = [self._sample(step, i, i >= self.batch_size - forced) for i in range(self.batch_size)]
+        part = range(self.batch_size) if part is None else part
+        samples = [self._sample(step, i, i >= self.batch_size - forced) for i in part]
         images, labels, names = zip(*samples, strict=True)
         return Batch(torch.stack(images), torch.stack(labels), names)
 

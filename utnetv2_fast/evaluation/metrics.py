@@ -11,11 +11,14 @@ whatever was predicted, and one that was missed has Dice 0, NSD 0 and, as no dis
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import surface_distance
@@ -25,7 +28,10 @@ from utnetv2_fast.data.dataset import Dataset, read_dataset
 from utnetv2_fast.data.nifti import ENDINGS, file_stem, grid_difference, read_label
 from utnetv2_fast.data.threads import map_in_threads
 from utnetv2_fast.errors import InputError
+from utnetv2_fast.files import write_text_atomically
 from utnetv2_fast.progress import Track, silent
+from utnetv2_fast.ranks import ALONE, Ranks
+from utnetv2_fast.sharing import share
 
 DEFAULT_TOLERANCE = 1.0
 """NSD's tolerance in mm: the Decathlon's for the hippocampus, and about a voxel of most scans."""
@@ -173,15 +179,20 @@ def evaluate_files(
     *,
     tolerance: float = DEFAULT_TOLERANCE,
     missing_class: MissingClass = "diagonal",
+    folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Score (case, prediction file, reference file) for every foreground class of `labels` ({name: value}).
+
+    Several ranks call it together, share the cases and all get all scores, by way of files in `folder/.scores`, which
+    hold as long as the label maps do not change.
 
     Raises InputError for a file that cannot be read, grids that differ, and label values that `labels` does not name.
     """
     if not tolerance >= 0:
         raise InputError(f"The tolerance is {tolerance} mm; give a distance of 0 mm or more.")
 
-    def score(pair: tuple[str, Path, Path]) -> tuple[list[Score], NDArray[np.int64]]:
+    def score(pair: tuple[str, Path, Path]) -> _CaseScores:
         case, prediction_file, reference_file = pair
         (prediction, grid), (reference, reference_grid) = read_label(prediction_file), read_label(reference_file)
         if difference := grid_difference(grid, reference_grid):
@@ -196,18 +207,64 @@ def evaluate_files(
                     f"{len(labels) - 1}); check that it belongs to this dataset."
                 )
         scores = score_case(case, prediction, reference, reference_grid.spacing, labels, tolerance, missing_class)
-        return scores, count_confusion(prediction, reference, len(labels))
+        return _CaseScores(scores, count_confusion(prediction, reference, len(labels)).tolist())
 
-    results = map_in_threads(score, pairs, track, "Evaluating")
+    if ranks.count == 1:
+        results = map_in_threads(score, pairs, track, "Evaluating")
+    else:
+        assert folder is not None, "several ranks need a folder in common"
+        rules = [dict(labels), tolerance, missing_class]
+        results = _score_together(score, pairs, rules, track, folder / ".scores", ranks)
     names = tuple(label for label, value in labels.items() if value != 0)
-    confusion = sum((counts for _, counts in results), start=np.zeros((len(labels),) * 2, dtype=np.int64))
+    confusion = sum((np.array(r.confusion) for r in results), start=np.zeros((len(labels),) * 2, dtype=np.int64))
     return Evaluation(
         names,
         tolerance,
-        tuple(score for scores, _ in results for score in scores),
+        tuple(score for result in results for score in result.scores),
         tuple(tuple(row) for row in confusion.tolist()),
         missing_class,
     )
+
+
+@dataclass(frozen=True)
+class _CaseScores:
+    """The scores of one case, and its voxels by reference and predicted class."""
+
+    scores: list[Score]
+    confusion: list[list[int]]
+
+
+def _score_together(
+    score: Callable[[tuple[str, Path, Path]], _CaseScores],
+    pairs: Sequence[tuple[str, Path, Path]],
+    rules: list[Any],
+    track: Track,
+    folder: Path,
+    ranks: Ranks,
+) -> list[_CaseScores]:
+    """[score(pair) for pair in pairs], each on one rank; by files in `folder` that are named by what they depend on.
+
+    `rules` is what the scores depend on beside the label maps, as JSON has it.
+    """
+
+    def file(pair: tuple[str, Path, Path]) -> Path:
+        case, *label_maps = pair
+        stats = [label_map.stat() for label_map in label_maps]
+        depends = [[(stat.st_size, stat.st_mtime_ns) for stat in stats], rules]
+        return folder / f"{case}.{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.json"
+
+    files = {pair: file(pair) for pair in pairs}
+    share(
+        lambda pair: write_text_atomically(files[pair], json.dumps(asdict(score(pair)))),
+        pairs,
+        name=lambda pair: pair[0],
+        finished=lambda pair: files[pair].exists(),
+        folder=folder / ".locks",
+        ranks=ranks,
+        for_each=partial(map_in_threads, track=track, description="Evaluating"),
+    )
+    stored = [json.loads(files[pair].read_text(encoding="utf-8")) for pair in pairs]
+    return [_CaseScores([Score(**score) for score in s["scores"]], s["confusion"]) for s in stored]
 
 
 def match_files(
@@ -243,10 +300,12 @@ def evaluate_folder(
     *,
     tolerance: float = DEFAULT_TOLERANCE,
     subset: bool = False,
+    folder: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Score every label map CASE.nii.gz or CASE.nii in `predictions`; InputError as `match_files`, `evaluate_files`."""
+    """Score every label map CASE.nii.gz or CASE.nii in `predictions`; `folder` and InputErrors as `evaluate_files`."""
     dataset, pairs = match_files(predictions, references, subset=subset)
-    return evaluate_files(pairs, dataset.labels, track, tolerance=tolerance)
+    return evaluate_files(pairs, dataset.labels, track, tolerance=tolerance, folder=folder or predictions, ranks=ranks)
 
 
 def _label_files(folder: Path) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utnetv2_fast.errors import InputError
-from utnetv2_fast.evaluation.metrics import Evaluation, MissingClass
+from utnetv2_fast.evaluation.metrics import Evaluation, MissingClass, Score
 from utnetv2_fast.files import atomic_write, write_text_atomically
 
 METRICS = {"dice": "dice", "hd95": "hd95_mm", "nsd": "nsd"}
@@ -36,6 +36,46 @@ def write_tables(evaluation: Evaluation, folder: Path) -> None:
             values = [_cell(getattr(score, metric)) for metric in METRICS]
             writer.writerow([score.case, score.label, *values, score.reference_voxels, score.predicted_voxels])
     write_text_atomically(folder / "scores.json", json.dumps(summarise(evaluation), indent=2, allow_nan=False) + "\n")
+
+
+def read_tables(folder: Path) -> Evaluation:
+    """What `write_tables` wrote into `folder`, with six digits of each score.
+
+    Raises InputError when it is not there or damaged.
+    """
+    try:
+        summary = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        with (folder / "scores.csv").open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream, strict=True))
+        if len(rows) != summary["cases"] * len(summary["classes"]):
+            raise ValueError(f"{len(rows)} scores")
+        scores = tuple(
+            Score(
+                case=row["case"],
+                label=row["class"],
+                reference_voxels=int(row["reference_voxels"]),
+                predicted_voxels=int(row["predicted_voxels"]),
+                **{metric: float(row[name] or "nan") for metric, name in METRICS.items()},
+            )
+            for row in rows
+        )
+        confusion = tuple(tuple(row) for row in summary["confusion_voxels"])
+        rules = {text: rule for rule, text in MISSING_CLASS_RULES.items()}
+        return Evaluation(
+            tuple(summary["classes"]),
+            summary["nsd_tolerance_mm"],
+            scores,
+            confusion,
+            missing_class=rules[summary["missing_class_rule"]],
+            protocol=summary.get("protocol"),
+            leaks=tuple(summary.get("leaks", ())),
+        )
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: not there yet; let the run finish, or evaluate its predictions.") from None
+    except (ValueError, LookupError, TypeError, csv.Error):
+        raise InputError(
+            f"{folder}: its scores.csv or scores.json is damaged; evaluate the predictions anew."
+        ) from None
 
 
 def summarise(evaluation: Evaluation) -> dict[str, Any]:

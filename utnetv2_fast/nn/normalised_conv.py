@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from utnetv2_fast import ops
+from utnetv2_fast.nn.across_ranks import gather_samples
 from utnetv2_fast.ops.arguments import autocast_dtype, lowered
 from utnetv2_fast.ops.dense_conv import dense_conv, dense_conv_backward
 from utnetv2_fast.ops.depthwise_separable_conv import fuses as fuses_separable
@@ -77,10 +78,12 @@ def _batch_moments(norm: _BatchNorm, moments: Moments | None, x: Tensor) -> Mome
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return running_mean.to(dtype), running_var.to(dtype)
     assert moments is not None
-    count = x.numel() // x.shape[1]
+    means, variances = moments
+    if isinstance(norm, GlobalBatchNorm):
+        means, variances = gather_samples(torch.stack(moments, dim=1)).unbind(1)
+    count = len(means) * math.prod(x.shape[2:])
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-    means, variances = moments
     mean = means.mean(0)
     variance = (variances + (means - mean).square()).mean(0)
     with torch.no_grad():
@@ -89,6 +92,36 @@ def _batch_moments(norm: _BatchNorm, moments: Moments | None, x: Tensor) -> Mome
         running_mean.mul_(1 - factor).add_(factor * mean)
         running_var.mul_(1 - factor).add_(factor * variance * (count / (count - 1)))
     return mean, variance
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch norm of x (B, C, *spatial) whose batch in training is that of all ranks; all must call it together.
+
+    Not torch's SyncBatchNorm, which runs on GPUs only and does not fuse with the convolution behind it.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 3:
+            raise ValueError(f"expected x (B, C, *spatial), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        x, moments = through_moments(self, input, "reference")
+        scale, shift = (t.view(*t.shape, *[1] * (x.ndim - 2)) for t in scale_and_shift(self, moments, x))
+        return (x * scale + shift).to(x.dtype)
+
+
+def use_global_batch_norms(model: nn.Module) -> None:
+    """Replace every batch norm within `model` by a global one with the same parameters and statistics."""
+    for name, child in model.named_children():
+        use_global_batch_norms(child)
+        if isinstance(child, _BatchNorm):
+            norm = GlobalBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+            norm.training = child.training
+            norm._parameters, norm._buffers = child._parameters, child._buffers
+            setattr(model, name, norm)
 
 
 def normalised_conv(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,9 +22,12 @@ from utnetv2_fast.devices import autocast_dtype
 from utnetv2_fast.errors import InputError, RunError, Stopped
 from utnetv2_fast.files import remove_unfinished
 from utnetv2_fast.models import UTNetV2
+from utnetv2_fast.nn.normalised_conv import use_global_batch_norms
 from utnetv2_fast.ops.self_check import check_kernels
+from utnetv2_fast.ranks import ALONE, Ranks
 from utnetv2_fast.training.config import TrainingConfig
 from utnetv2_fast.training.losses import expand_class_weights, supervised_loss
+from utnetv2_fast.training.parallel import add_counts, any_rank, data_parallel, part_of_batch, same_on_all_ranks
 from utnetv2_fast.training.run_folder import RunConfig, RunFolder
 from utnetv2_fast.training.state import TrainingState
 
@@ -67,6 +70,7 @@ def train(
     watch: Callable[[Progress], None] = ignore_progress,
     stop: Callable[[], bool] = never,
     after_epoch: Callable[[torch.nn.Module], None] = ignore_epoch,
+    ranks: Ranks = ALONE,
 ) -> UTNetV2:
     """Train to the end of the last epoch and return the network with averaged weights, in eval mode on `device`.
 
@@ -76,29 +80,44 @@ def train(
     alone. When an epoch is saved, `after_epoch` gets the network with averaged weights in eval mode, to look at and not
     to change.
 
+    Several `ranks` call it together within `process_group`, with a part of each batch each, and end with the weights of
+    one process within rounding. The first writes and is the only one to call `watch` and `after_epoch`; `stop()` of any
+    stops all. The state does not tell how many they were.
+
     The state is written first, and what is shown of an epoch follows from it: killed between the two, a training
     shows the rest when it is resumed.
 
     Raises:
-        RunError: the loss is not finite (names the cases of the batch), or a file cannot be written.
-        InputError: the state in `run` is damaged or that of another network.
+        RunError: the loss is not finite (names the cases of the batch), or a file cannot be written, or the ranks see
+            different files.
+        InputError: the state in `run` is damaged or that of another network, or the batch cannot be divided evenly.
         Stopped: after a step `stop()` was true; the state is saved.
     """
     config = run.config
     settings = config.training
+    part = part_of_batch(settings.batch_size, ranks)
     state = TrainingState(config, device)
-    remove_unfinished(run.path)
     _resume(run, state)
+    if not same_on_all_ranks(state.step):
+        raise RunError(f"{run.resume_file}: rank {ranks.rank} sees another state than the rest; share one disk.")
+    if ranks.first:
+        remove_unfinished(run.path)
+        _show_finished(run, state)
     dtype = training_dtype(settings, device)
     if config.model.impl != "reference":
-        shape = (settings.batch_size, config.model.in_channels, *config.patch_size)
+        shape = (len(part), config.model.in_channels, *config.patch_size)
         check_kernels(state.model, shape, device, dtype)
     weights = expand_class_weights(settings.class_weights, config.model.num_classes).to(device)
-    batch = _batches(config, train_cases, device)
+    batch = _batches(config, train_cases, device, part)
     # The parameters stay the model's own, under their own names; sizes never change.
-    network = torch.compile(state.model, dynamic=False) if settings.compile else state.model
+    network: torch.nn.Module = state.model
+    if settings.compile:
+        network = cast(torch.nn.Module, torch.compile(network, dynamic=False))
+    if ranks.count > 1:
+        network = data_parallel(network, device)
+        use_global_batch_norms(state.averaged)
     fit_norms = _norm_fitting(settings, batch, device, dtype)
-    validate = _validation(config, validation_cases, device, dtype)
+    validate = _validation(config, validation_cases, device, dtype, part)
 
     first, earlier_seconds = state.step, state.seconds
     started = saved = time.perf_counter()
@@ -113,11 +132,13 @@ def train(
                 now = time.perf_counter()
                 state.seconds = earlier_seconds + now - started
                 left = (now - started) / (state.step - first) * (settings.steps - state.step)
-                watch(Progress(state.step, settings.steps, epoch + 1, settings.epochs, loss, dice, left))
-                stopping = stop()
+                if ranks.first:
+                    watch(Progress(state.step, settings.steps, epoch + 1, settings.epochs, loss, dice, left))
+                stopping = any_rank(stop())
                 if stopping or now - saved >= 60 * settings.checkpoint_minutes:
-                    with _writing():
-                        run.save_state(state.state_dict())
+                    if ranks.first:
+                        with _writing():
+                            run.save_state(state.state_dict())
                     saved = time.perf_counter()
                 if stopping:
                     raise Stopped(f"Stopped after step {state.step} of {settings.steps}, all of it saved.")
@@ -136,16 +157,17 @@ def train(
                 }
             )
             state.loss_sum = 0.0
-            with _writing():
-                run.save_state(state.state_dict())
-                _show_epoch(run, state)
+            if ranks.first:
+                with _writing():
+                    run.save_state(state.state_dict())
+                    _show_epoch(run, state)
+                after_epoch(state.network)
             saved = time.perf_counter()
-            after_epoch(state.network)
     return state.network.eval()
 
 
 def _resume(run: RunFolder, state: TrainingState) -> None:
-    """Restore `state` from `run`, and finish what a kill left undone; does nothing where there is nothing to restore.
+    """Restore `state` from `run`; does nothing where there is nothing to restore.
 
     Raises InputError when what is stored is damaged or of another network, or was trained with other epochs.
     """
@@ -162,7 +184,11 @@ def _resume(run: RunFolder, state: TrainingState) -> None:
     shown = state.records[-1]["step"] if state.records else 0
     if shown != state.epoch * per_epoch or not shown <= state.step <= shown + per_epoch:
         raise InputError(f"{run.config_file}: steps_per_epoch is not what the run began with; put it back.")
-    if state.records and state.step == shown:
+
+
+def _show_finished(run: RunFolder, state: TrainingState) -> None:
+    """Finish what a kill left undone between the state of a finished epoch and what is shown of it."""
+    if state.records and state.step == state.records[-1]["step"]:
         with _writing():
             _show_epoch(run, state)
 
@@ -196,9 +222,9 @@ def training_dtype(settings: TrainingConfig, device: torch.device) -> torch.dtyp
 
 
 def _batches(
-    config: RunConfig, cases: Sequence[PreparedCase], device: torch.device
+    config: RunConfig, cases: Sequence[PreparedCase], device: torch.device, part: range
 ) -> Callable[[int], tuple[Tensor, Tensor, tuple[str, ...]]]:
-    """step -> augmented image (B, C, *patch), label (B, *patch) on `device`, names of the cases."""
+    """step -> augmented image (B, C, *patch), label (B, *patch) on `device`, names of the cases; all of `part`."""
     settings, profile = config.training, augmentation_profile(config.training.augmentation)
     spacing = tuple(s for s in config.plan.spacing[-config.model.dimensions :] if s is not None)
     sampler = PatchSampler(
@@ -211,10 +237,9 @@ def _batches(
     )
 
     def batch(step: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        read = sampler.batch(step)
-        image, label = augment(
-            read.image.to(device), read.label.to(device), config.patch_size, spacing, profile, (settings.seed, step)
-        )
+        read = sampler.batch(step, part)
+        source = read.image.to(device), read.label.to(device)
+        image, label = augment(*source, config.patch_size, spacing, profile, (settings.seed, step), part.start)
         return image, label, read.cases
 
     return batch
@@ -274,11 +299,12 @@ def _norm_fitting(
 
 
 def _validation(
-    config: RunConfig, cases: Sequence[PreparedCase], device: torch.device, dtype: torch.dtype | None
+    config: RunConfig, cases: Sequence[PreparedCase], device: torch.device, dtype: torch.dtype | None, part: range
 ) -> Callable[[torch.nn.Module], tuple[float, list[float | None]]]:
     """model -> mean foreground Dice and Dice per foreground class over fixed patches of the held-out cases.
 
-    Half the patches lie on foreground; counts are pooled over all of them. A class that occurs in none has None.
+    Half the patches lie on foreground; counts are pooled over all of them, of which this rank takes `part` of each
+    batch. A class that occurs in none has None.
     """
     settings, classes = config.training, config.model.num_classes
     sampler = PatchSampler(
@@ -290,7 +316,8 @@ def _validation(
         foreground_fraction=0.5,
     )
     # A tenth of the training steps; a forward pass takes about a third of a step.
-    batches = [sampler.batch(step) for step in range(max(_LEAST_VALIDATION_BATCHES, settings.steps_per_epoch // 10))]
+    steps = max(_LEAST_VALIDATION_BATCHES, settings.steps_per_epoch // 10)
+    batches = [sampler.batch(step, part) for step in range(steps)]
 
     @torch.no_grad()
     def validate(model: torch.nn.Module) -> tuple[float, list[float | None]]:
@@ -302,6 +329,7 @@ def _validation(
             predicted, reference = logits.argmax(1).cpu(), batch.label.long()
             for row, labels in enumerate((predicted[predicted == reference], predicted, reference)):
                 counts[row] += torch.bincount(labels.flatten(), minlength=classes)
+        add_counts(counts)
         overlap, total = counts[0, 1:], counts[1, 1:] + counts[2, 1:]
         per_class = [2 * int(o) / int(t) if t else None for o, t in zip(overlap, total, strict=True)]
         present = [dice for dice in per_class if dice is not None]

@@ -1,4 +1,7 @@
-"""The loss: class-weighted cross-entropy plus Dice, on the logits and, with deep supervision, on the auxiliary ones."""
+"""The loss: class-weighted cross-entropy plus Dice, on the logits and, with deep supervision, on the auxiliary ones.
+
+In a data-parallel training each rank has its part of the batch, and all of them get the loss of the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from utnetv2_fast.nn.across_ranks import sum_over_ranks
 
 
 def soft_dice_loss(logits: Tensor, label: Tensor, smooth: float = 1e-5) -> Tensor:
@@ -19,8 +24,8 @@ def soft_dice_loss(logits: Tensor, label: Tensor, smooth: float = 1e-5) -> Tenso
     probability = logits.float().softmax(dim=1)
     one_hot = torch.zeros_like(probability).scatter_(1, label.unsqueeze(1), 1)
     axes = (0, *range(2, logits.ndim))
-    overlap = (probability * one_hot).sum(axes)[1:]  # (K - 1,)
-    total = probability.sum(axes)[1:] + one_hot.sum(axes)[1:]
+    overlap = sum_over_ranks((probability * one_hot).sum(axes)[1:])  # (K - 1,)
+    total = sum_over_ranks(probability.sum(axes)[1:] + one_hot.sum(axes)[1:])
     return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
 
 
@@ -34,10 +39,18 @@ def adaptive_dice_loss(logits: Tensor, label: Tensor, smooth: float = 1e-5) -> T
     probability = logits.float().softmax(dim=1)
     one_hot = torch.zeros_like(probability).scatter_(1, label.unsqueeze(1), 1)
     axes = (0, *range(2, logits.ndim))
-    hit = (probability * one_hot).sum(axes)  # (K,)
-    made_up, missed = probability.sum(axes) - hit, one_hot.sum(axes) - hit
+    hit = sum_over_ranks((probability * one_hot).sum(axes))  # (K,)
+    made_up = sum_over_ranks(probability.sum(axes)) - hit
+    missed = sum_over_ranks(one_hot.sum(axes)) - hit
     share = (made_up / (made_up + missed + smooth)).clamp(0.2, 0.8)
     return 1 - (hit / (hit + share * made_up + (1 - share) * missed + smooth)).mean()
+
+
+def weighted_cross_entropy(logits: Tensor, label: Tensor, class_weights: Tensor) -> Tensor:
+    """Mean over voxels, each with the weight in `class_weights` (K,) of its class; shapes as for `soft_dice_loss`."""
+    mean = F.cross_entropy(logits.float(), label, weight=class_weights)
+    weight = class_weights[label].sum()
+    return sum_over_ranks(mean * weight) / sum_over_ranks(weight)
 
 
 def expand_class_weights(weights: Sequence[float], classes: int) -> Tensor:
@@ -50,7 +63,7 @@ def segmentation_loss(
 ) -> Tensor:
     """Cross-entropy weighted by `class_weights` (K,) plus Dice loss; shapes as for `soft_dice_loss`."""
     overlap = soft_dice_loss if dice == "soft" else adaptive_dice_loss
-    return F.cross_entropy(logits.float(), label, weight=class_weights) + overlap(logits, label)
+    return weighted_cross_entropy(logits, label, class_weights) + overlap(logits, label)
 
 
 def supervised_loss(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,6 +25,7 @@ from utnetv2_fast import plain_yaml
 from utnetv2_fast.data.plan import Plan, Preparation
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.files import atomic_write, lies_inside, read_bounded, write_text_atomically
+from utnetv2_fast.locks import NoLocksError, holder, try_lock
 from utnetv2_fast.models import UTNetV2, UTNetV2Config
 from utnetv2_fast.training.config import EvaluationConfig, TrainingConfig
 
@@ -273,6 +276,32 @@ class RunFolder:
             return [json.loads(line) for line in content.decode("utf-8").splitlines()]
         except (ValueError, RecursionError):
             raise InputError(f"{self.metrics_file}: damaged; a resumed training writes it anew.") from None
+
+
+@contextmanager
+def only_training_in(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of `folder`, a run's or one of several runs, while the block runs; a kill ends that too.
+
+    Raises InputError while another one is at work there. Where the file system has no locks there is a warning only.
+    """
+    file = folder / ".lock"
+    with ExitStack() as stack:
+        try:
+            mine = stack.enter_context(try_lock(file))
+        except NoLocksError as error:
+            warnings.warn(f"{error}: let no other training write to {folder}.", RuntimeWarning, stacklevel=3)
+            mine = True
+        if not mine:
+            raise InputError(
+                f"{folder}: another training ({holder(file)}) is writing there; wait for it, or name another --out."
+            )
+        yield
+
+
+def find_runs(folder: Path) -> list[RunFolder]:
+    """The run in `folder`, or the runs of the folds in it (`fold-K`); none where it holds neither."""
+    files = (*folder.glob("config.yaml"), *sorted(folder.glob("fold-*/config.yaml")))
+    return [RunFolder(file.parent) for file in files]
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
