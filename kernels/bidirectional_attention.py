@@ -414,9 +414,11 @@ def _blocks_by_rule(BL: int, d: int, itemsize: int, architecture: str, backward:
     if itemsize == 4:  # without tensor cores a thread holds what it multiplies
         BN = 16
         BD = min(d, max(16, 2048 // BL)) if backward else BD
+    # Of two stages, two of 64 x 128 and 64 x 64 elements for each slice of the channels, 100 KiB are not enough.
+    small = architecture.startswith(("gfx", "sm_86", "sm_89", "sm_12"))
     many = BL * BD >= 8192 or BL >= 128 or itemsize == 4 or (backward and BL * BD >= 2048)
     num_warps = 8 if many and not architecture.startswith("gfx") else 4  # a warp of AMD's has twice the threads
-    return Blocks(BN=BN, BD=BD, num_warps=num_warps, num_stages=1 if backward else 2)
+    return Blocks(BN=BN, BD=BD, num_warps=num_warps, num_stages=1 if backward or (small and d > BD) else 2)
 
 
 def grid(q: Tensor, l: int, blocks: Blocks) -> Grid:
