@@ -34,7 +34,7 @@ def predict_together(
             problems[case.name] = str(problem)
 
     kept = [target(case) for case in cases if target(case).exists()]
-    if ranks.first:
+    if ranks.first and predictor.identity is not None:  # else nothing tells what they were made by
         predict_files(predictor, [case for case in cases if target(case) in kept], folder)
     share(
         predict,
