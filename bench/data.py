@@ -155,7 +155,12 @@ def _monai_transform(patch: tuple[int, ...]) -> Callable[[Any], Any]:
             m.RandGaussianSmoothd(["image"], prob=0.2, sigma_x=(0.5, 1.0), sigma_y=(0.5, 1.0), sigma_z=(0.5, 1.0)),
             m.RandScaleIntensityd(["image"], factors=0.25, prob=0.15),
             m.RandScaleIntensityFixedMeand(["image"], factors=0.25, prob=0.15),
-            m.RandSimulateLowResolutiond(["image"], prob=0.25, zoom_range=(0.5, 1.0)),
+            m.RandSimulateLowResolutiond(
+                ["image"],
+                prob=0.25,
+                zoom_range=(0.5, 1.0),
+                upsample_mode="trilinear" if len(patch) == 3 else "bilinear",
+            ),
             m.RandAdjustContrastd(["image"], prob=0.1, gamma=(0.7, 1.5), invert_image=True),
             m.RandAdjustContrastd(["image"], prob=0.3, gamma=(0.7, 1.5)),
             *(m.RandFlipd(["image", "label"], prob=0.5, spatial_axis=axis) for axis in range(len(patch))),
