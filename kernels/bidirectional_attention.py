@@ -414,7 +414,7 @@ def _blocks_by_rule(BL: int, d: int, itemsize: int, architecture: str, backward:
     if itemsize == 4:  # without tensor cores a thread holds what it multiplies
         BN = 16
         BD = min(d, max(16, 2048 // BL)) if backward else BD
-    # Of two stages, two of 64 x 128 and 64 x 64 elements for each slice of the channels, 100 KiB are not enough.
+    # These have 64 to 100 KiB of shared memory, less than two stages of slices of the channels take.
     small = architecture.startswith(("gfx", "sm_86", "sm_89", "sm_12"))
     many = BL * BD >= 8192 or BL >= 128 or itemsize == 4 or (backward and BL * BD >= 2048)
     num_warps = 8 if many and not architecture.startswith("gfx") else 4  # a warp of AMD's has twice the threads

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch counts the cores. Its threads gain little on small tensors, and wait for each other at full speed where
+# tests run in several processes; the tests that are about threads say how many they want.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from utnetv2_fast.ops import explain

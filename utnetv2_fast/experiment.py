@@ -163,7 +163,7 @@ def run_fold(
         raise InputError(
             f"{prepared.folder}: case {missing[0]} of the run {run.path} is gone; restore it, or train anew."
         )
-    held_out = [case for case in dataset.cases if case.name in config.held_out_cases]
+    held_out = [case for case in dataset.cases if case.name in config.held_out_cases and case.label is not None]
     pairs = scored_files(held_out, run.validation_folder, config.evaluation.grid)
     # What predicting a case writes: its label map and, on another grid than the scan's, the reference on that.
     written = {name: [file for file in files if file.is_relative_to(run.validation_folder)] for name, *files in pairs}
@@ -181,13 +181,13 @@ def run_fold(
         model = train(
             run, train_cases, validation_cases, device, watch=watch, stop=stop, after_epoch=after_epoch, ranks=ranks
         )
-        if config.evaluation.weights == "best":
-            model = run.load_model("best").to(device)
         if ranks.first:
             for files in written.values():
                 for file in files:
                     file.unlink(missing_ok=True)
-        wait_for_all()
+        wait_for_all()  # the first rank writes the weights
+        if config.evaluation.weights == "best":
+            model = run.load_model("best").to(device)
         predictor = Predictor(
             [model],
             config.plan,

@@ -30,12 +30,18 @@ def doctor(
 
     utnetv2-fast doctor --quick --json
     """
+    import torch
+
     from utnetv2_fast import health
+    from utnetv2_fast.ops.extension import load_extension
 
     machine = health.machine()
-    triton = None if machine["triton"] == "not installed" else str(machine["triton"])
-    built = not str(machine["cpp_extension"]).startswith("not built")
-    problems = health.known_problems(str(machine["torch"]), triton, cuda="gpu_0" in machine, extension=built)
+    problems = health.known_problems(
+        torch.__version__,
+        health.version_of("triton"),
+        cuda=torch.cuda.is_available(),
+        extension=load_extension() is not None,
+    )
     devices = _devices()
     operators = [row for device in devices for row in _check_operators(device)]
     cases = [] if quick else [(device, dtype) for device in devices for dtype in _dtypes(device)]
@@ -61,9 +67,9 @@ def doctor(
             console.print(f"[yellow]known problem:[/yellow] {escape(problem)}", highlight=False, soft_wrap=True)
         _print_operators(operators)
         if speeds:
-            table = Table("operator", "device", "dtype", "backend", "ms", "PyTorch", title="forward and backward")
+            table = Table("operator", "device", "dtype", "backend", "ms", "plain PyTorch", title="Forward and backward")
             for s in speeds:
-                ratio = f"{s.reference_milliseconds / s.milliseconds:.1f} x"
+                ratio = f"{s.reference_milliseconds / s.milliseconds:.1f} x as long"
                 table.add_row(s.operator, s.device, s.dtype, s.backend, f"{s.milliseconds:.2f}", ratio)
             console.print(table)
         for row in dense:
