@@ -30,7 +30,7 @@ from utnetv2_fast.files import write_text_atomically
 from utnetv2_fast.inference.held_out import predict_held_out, scored_files
 from utnetv2_fast.inference.predict import Predictor
 from utnetv2_fast.memory import peak_memory
-from utnetv2_fast.models import Preset, UTNetV2Config, get_preset
+from utnetv2_fast.models import Preset, Task, configure_network, get_preset
 from utnetv2_fast.progress import Track, silent
 from utnetv2_fast.ranks import ALONE, Ranks
 from utnetv2_fast.run_report import complete_report, follow_training
@@ -65,8 +65,15 @@ def configure(prepared: Prepared, data: Path, recipe: Recipe, fold: int) -> RunC
     if not 0 <= fold < len(splits):
         raise InputError(f"There is no fold {fold}: {prepared.folder / 'splits.json'} has 0 to {len(splits) - 1}.")
     patch = _patch(prepared, preset, recipe.patch_size)
-    fitted = {"scales": patch.scales, "kernel_sizes": patch.kernel_sizes} if preset.fits_data else {}
-    fields = preset.fields | fitted | {"in_channels": len(plan.channels), "num_classes": plan.num_classes}
+    task = Task(
+        dimensions=preset.dimensions,
+        in_channels=len(plan.channels),
+        num_classes=plan.num_classes,
+        patch_size=patch.patch_size,
+        scales=patch.scales,
+        kernel_sizes=patch.kernel_sizes,
+        fields=preset.fields,
+    )
     return RunConfig(
         protocol=recipe.protocol,
         preset=recipe.preset,
@@ -78,7 +85,8 @@ def configure(prepared: Prepared, data: Path, recipe: Recipe, fold: int) -> RunC
         preparation=recipe.preparation,
         plan=plan,
         patch_size=patch.patch_size,
-        model=UTNetV2Config(**fields),
+        # The paper's networks have published sizes; beside a small one all are made as small.
+        model=configure_network(recipe.network, task, equal_parameters=preset.fits_data),
         training=recipe.training,
         evaluation=recipe.evaluation,
     )

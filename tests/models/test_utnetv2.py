@@ -9,7 +9,6 @@ from torch import Tensor
 
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.models import PRESETS, UTNetV2, UTNetV2Config
-from utnetv2_fast.models.utnetv2 import padding_to_stride
 
 TINY = {
     2: {"channels": (8, 8, 16, 16, 16), "heads": (2, 2, 2), "fusion_channels": 16, "fusion_heads": 2},
@@ -43,7 +42,7 @@ def test_parameter_counts_are_the_authors(preset: str, in_channels: int, classes
 def test_every_preset_builds_and_its_input_size_needs_no_padding(preset: str) -> None:
     with torch.device("meta"):
         model = UTNetV2.from_preset(preset, in_channels=1, num_classes=2)
-    assert not any(padding_to_stride(PRESETS[preset].input_size, model.config.stride))
+    assert model.config.padded_size(PRESETS[preset].input_size) == PRESETS[preset].input_size
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def test_padding_does_not_reach_into_an_input_that_fits(dimensions: int) -> None
     model = tiny(dimensions).eval()
     x = torch.randn(1, 2, *(32,) * dimensions)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), model._forward_padded(x)[0])
+        torch.testing.assert_close(model(x), model.forward_padded(x))
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])

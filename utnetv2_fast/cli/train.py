@@ -50,6 +50,14 @@ def train(
     preset: Annotated[
         str | None, typer.Option(help="Network: see `utnetv2-fast info`.", show_default="by slice thickness and device")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Another network in place of UTNetV2, of its published size, or as small as a tiny preset: "
+            "see `utnetv2-fast info`.",
+            show_default="the recipe's, or utnetv2",
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="All settings: the name of a recipe, or FILE.yaml; options below override it."),
@@ -113,6 +121,8 @@ def train(
 
     utnetv2-fast train --data data/acdc --preset acdc-2d --fold all --out runs/acdc
 
+    utnetv2-fast train --data data/acdc --preset acdc-2d --model resunet
+
     utnetv2-fast train --data data/bcv --recipe bcv-3d --protocol paper --leak-label-crop
 
     utnetv2-fast train --resume --out runs/acdc
@@ -135,7 +145,7 @@ def train(
     from utnetv2_fast.models import get_preset
     from utnetv2_fast.training.loop import ignore_progress
     from utnetv2_fast.training.parallel import part_of_batch, process_group, wait_for_all
-    from utnetv2_fast.training.recipe import change_training, load_recipe, recipe_for_preset, with_leaks
+    from utnetv2_fast.training.recipe import change_training, load_recipe, recipe_for_preset, with_leaks, with_network
     from utnetv2_fast.training.run_folder import only_training_in
     from utnetv2_fast.training.tensorboard import require_tensorboard
 
@@ -164,7 +174,12 @@ def train(
     }
     leaks = [leak for leak, on in switches.items() if on]
     if resume:
-        if out is None or changes or any(given is not None for given in (preset, recipe, protocol, fold)) or leaks:
+        if (
+            out is None
+            or changes
+            or any(given is not None for given in (preset, model, recipe, protocol, fold))
+            or leaks
+        ):
             raise InputError("--resume needs --out, and keeps the run's own settings: leave the others out.")
         runs, configs = existing_runs(out), []
         config = runs[0].config
@@ -181,9 +196,11 @@ def train(
             settings = load_recipe(recipe, protocol)
             if preset is not None:
                 settings = settings.model_copy(update={"preset": preset, "patch_size": None})
-        settings = with_leaks(change_training(settings, changes), leaks)
+        settings = with_network(with_leaks(change_training(settings, changes), leaks), model or settings.network)
         dimensions, preparation = get_preset(settings.preset).dimensions, settings.preparation
-        name = f"{dataset.folder.resolve().name}-{settings.preset}-{'all' if folds is None else f'fold{folds[0]}'}"
+        network = "" if settings.network == "utnetv2" else f"-{settings.network}"
+        which = "all" if folds is None else f"fold{folds[0]}"
+        name = f"{dataset.folder.resolve().name}-{settings.preset}{network}-{which}"
         out = out or Path("runs") / name
         part_of_batch(settings.training.batch_size, ranks)
         refuse_existing_runs(out)

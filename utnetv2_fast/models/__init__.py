@@ -1,7 +1,24 @@
-"""UTNetV2, its configuration, presets, and the way in for the authors' weights."""
+"""UTNetV2, its presets, the way in for the authors' weights, and the networks that it is compared with."""
 
-from utnetv2_fast.models.config import UTNetV2Config
+from utnetv2_fast.models.config import NetworkConfig, UTNetV2Config
+from utnetv2_fast.models.network import SegmentationNetwork
+from utnetv2_fast.models.networks import NETWORKS, AnyNetworkConfig, build_network, configure_network, find_network
 from utnetv2_fast.models.presets import PRESETS, Preset, get_preset
+from utnetv2_fast.models.task import Task
 from utnetv2_fast.models.utnetv2 import UTNetV2
 
-__all__ = ["PRESETS", "Preset", "UTNetV2", "UTNetV2Config", "get_preset"]
+__all__ = [
+    "NETWORKS",
+    "PRESETS",
+    "AnyNetworkConfig",
+    "NetworkConfig",
+    "Preset",
+    "SegmentationNetwork",
+    "Task",
+    "UTNetV2",
+    "UTNetV2Config",
+    "build_network",
+    "configure_network",
+    "find_network",
+    "get_preset",
+]

@@ -1,8 +1,9 @@
-"""What defines a UTNetV2, checked when it is built, written into every run folder."""
+"""What defines a network, checked when it is built, written into every run folder."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -13,17 +14,40 @@ MOST_MAP_TOKENS = 4096  # the semantic map is tiny: the paper's largest has 64
 Blocks = Annotated[int, Field(gt=0, le=64)]
 
 
-class UTNetV2Config(BaseModel):
-    """Level 0 is full resolution, level i follows the i-th down-sampling; B-MHA works at levels 2, 3 and 4.
-
-    The decoder mirrors the encoder. Unknown fields are refused.
-    """
+class NetworkConfig(BaseModel):
+    """What every network's configuration says; each adds its own. Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    architecture: str
     dimensions: Literal[2, 3]
     in_channels: PositiveInt
     num_classes: int = Field(ge=2, description="background included")
+    impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
+
+    @property
+    @abstractmethod
+    def stride(self) -> tuple[int, ...]:
+        """By how much each axis shrinks from the input to the lowest level."""
+
+    def padded_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """To what an input (*spatial) is padded: multiples of the stride, with more than one position left at the end.
+
+        A single position has no variance for the norms there to divide by.
+        """
+        padded = [-(-n // s) * s for n, s in zip(size, self.stride, strict=True)]
+        if all(n == s for n, s in zip(padded, self.stride, strict=True)):
+            padded[-1] += self.stride[-1]
+        return tuple(padded)
+
+
+class UTNetV2Config(NetworkConfig):
+    """Level 0 is full resolution, level i follows the i-th down-sampling; B-MHA works at levels 2, 3 and 4.
+
+    The decoder mirrors the encoder.
+    """
+
+    architecture: Literal["utnetv2"] = "utnetv2"
     channels: tuple[PositiveInt, ...] = Field(description="of levels 0 to 4")
     scales: tuple[tuple[Literal[1, 2], ...], ...] = Field(description="of the four down-samplings, per axis")
     kernel_sizes: tuple[tuple[PositiveInt, ...], ...] = Field(description="of levels 0 to 4, per axis, odd")
@@ -37,7 +61,6 @@ class UTNetV2Config(BaseModel):
     fusion_blocks: Blocks = 2
     reduce_skip: bool = Field(description="normalise and reduce each skip concatenation (the 2D networks do)")
     deep_supervision: bool = True
-    impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
 
     @property
     def map_tokens(self) -> int:
@@ -46,7 +69,6 @@ class UTNetV2Config(BaseModel):
 
     @property
     def stride(self) -> tuple[int, ...]:
-        """By how much each axis shrinks from level 0 to level 4."""
         return tuple(math.prod(axis) for axis in zip(*self.scales, strict=True))
 
     @model_validator(mode="after")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from utnetv2_fast.models.config import UTNetV2Config
 from utnetv2_fast.models.medformer_weights import convert_medformer_state_dict
+from utnetv2_fast.models.network import SegmentationNetwork
 from utnetv2_fast.models.presets import get_preset
 from utnetv2_fast.nn.convolution import make_conv
 from utnetv2_fast.nn.semantic_map import SemanticMapFusion
@@ -24,7 +23,7 @@ from utnetv2_fast.nn.stages import (
 )
 
 
-class UTNetV2(nn.Module):
+class UTNetV2(SegmentationNetwork[UTNetV2Config]):
     """Segments images (B, C, H, W) or volumes (B, C, D, H, W) of any size into logits (B, classes, *spatial).
 
     In training mode with `config.deep_supervision` the result is `(logits, auxiliary_logits)`, the latter from the last
@@ -32,8 +31,7 @@ class UTNetV2(nn.Module):
     """
 
     def __init__(self, config: UTNetV2Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         c, k, s, norm, impl = config.channels, config.kernel_sizes, config.scales, config.norm, config.impl
         self.stem = Stem(config.in_channels, c[0], k[0], norm, impl=impl)
         self.conv_down = ConvDownStage(c[0], c[1], s[0], k[1], norm, impl=impl)
@@ -101,38 +99,13 @@ class UTNetV2(nn.Module):
                 )
         self.load_state_dict(converted)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        if x.ndim != self.config.dimensions + 2 or x.shape[1] != self.config.in_channels:
-            axes = ("H", "W") if self.config.dimensions == 2 else ("D", "H", "W")
-            raise ValueError(
-                f"x must be (B, {self.config.in_channels}, {', '.join(axes)}), got {tuple(x.shape)}: "
-                "the network was built for these channels and dimensions"
-            )
-        size = x.shape[2:]
-        x = F.pad(x, padding_to_stride(tuple(size), self.config.stride))
-        if self._runs_channels_last(x.device):
-            # Convolutions hand the layout on. (A clone: `contiguous` leaves the strides of a single channel.)
-            memory_format = torch.channels_last if self.config.dimensions == 2 else torch.channels_last_3d
-            x = x.clone(memory_format=memory_format)
-        crop = (slice(None), slice(None), *(slice(n) for n in size))
-        logits, auxiliary = self._forward_padded(x)
+    def forward_padded(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        logits, auxiliary = self._logits_and_token_map(x)
         if self.auxiliary_head is not None and self.training:
-            return logits[crop], resize_like(self.auxiliary_head(auxiliary), x)[crop]
-        return logits[crop]
+            return logits, resize_like(self.auxiliary_head(auxiliary), x)
+        return logits
 
-    def _runs_channels_last(self, device: torch.device) -> bool:
-        """Always in 2D; in 3D on a CPU, and on a GPU unless it is to run plain PyTorch.
-
-        On a CPU it is the layout of the fastest kernels, torch's and ours: tiny-3d takes 1.2 s a step in it, 1.7 s
-        without. On a GPU that is not measured yet. Our kernels read either layout at full width there, a convolution of
-        one tap is a product of matrices in this one, and cuDNN's convolutions on tensor cores work in it: others saw
-        them convert channels-first volumes there and back (github.com/ModelTC/LightX2V/pull/860).
-        """
-        if self.config.dimensions == 2 or device.type == "cpu":
-            return True
-        return device.type == "cuda" and self.config.impl != "reference"
-
-    def _forward_padded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits_and_token_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the token map of level 2 that the auxiliary head reads."""
         skip0 = self.stem(x)
         skip1 = self.conv_down(skip0)
@@ -147,14 +120,3 @@ class UTNetV2(nn.Module):
         x = self.conv_up[0](auxiliary, skip1)
         x = self.conv_up[1](x, skip0)
         return self.head(x), auxiliary
-
-
-def padding_to_stride(size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
-    """What `F.pad` must add behind each axis so that it divides by its stride and level 4 has more than one position.
-
-    A single position has no variance for the norms of the lowest level to divide by.
-    """
-    padded = [-(-n // s) * s for n, s in zip(size, stride, strict=True)]
-    if all(n == s for n, s in zip(padded, stride, strict=True)):
-        padded[-1] += stride[-1]
-    return [amount for n, p in reversed(list(zip(size, padded, strict=True))) for amount in (0, p - n)]

@@ -21,7 +21,7 @@ from utnetv2_fast.data.sampling import PatchSampler, prefetch
 from utnetv2_fast.devices import autocast_dtype
 from utnetv2_fast.errors import InputError, RunError, Stopped
 from utnetv2_fast.files import remove_unfinished
-from utnetv2_fast.models import UTNetV2
+from utnetv2_fast.models import SegmentationNetwork
 from utnetv2_fast.nn.normalised_conv import use_global_batch_norms
 from utnetv2_fast.ops.self_check import check_kernels
 from utnetv2_fast.ranks import ALONE, Ranks
@@ -71,7 +71,7 @@ def train(
     stop: Callable[[], bool] = never,
     after_epoch: Callable[[torch.nn.Module], None] = ignore_epoch,
     ranks: Ranks = ALONE,
-) -> UTNetV2:
+) -> SegmentationNetwork[Any]:
     """Train to the end of the last epoch and return the network with averaged weights, in eval mode on `device`.
 
     After every epoch `run` holds the averaged weights (`last`, and `best` by the validation patches' Dice) and a line

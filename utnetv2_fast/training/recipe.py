@@ -17,7 +17,7 @@ from utnetv2_fast.data.plan import Preparation
 from utnetv2_fast.data.splits import SplitRules
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.files import read_bounded
-from utnetv2_fast.models import PRESETS, get_preset
+from utnetv2_fast.models import PRESETS, find_network, get_preset
 from utnetv2_fast.training.config import EvaluationConfig, TrainingConfig
 
 Protocol = Literal["clean", "paper"]
@@ -37,6 +37,7 @@ class Recipe(BaseModel):
 
     protocol: Protocol = "clean"
     preset: str
+    network: str = "utnetv2"  # or one that it is compared with, on the same data in the same way
     patch_size: tuple[PositiveInt, ...] | None = None  # None: that of the preset
     preparation: Preparation = Preparation()
     training: TrainingConfig
@@ -103,6 +104,12 @@ def change_training(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return recipe.model_copy(update={"training": training})
 
 
+def with_network(recipe: Recipe, name: str) -> Recipe:
+    """`recipe` for the network `name`; InputError when there is none in the preset's dimensions."""
+    find_network(name, get_preset(recipe.preset).dimensions)
+    return recipe.model_copy(update={"network": name})
+
+
 def with_leaks(recipe: Recipe, leaks: Sequence[Leak]) -> Recipe:
     """`recipe` with what the authors' code lets the scores know of the held-out scans' label maps.
 
@@ -166,6 +173,10 @@ def _validated(file: Path, content: dict[str, Any], prefix: str = "") -> Recipe:
     if recipe.preset not in PRESETS:
         raise InputError(f"{file}: {prefix}preset: no preset {recipe.preset!r}; choose one of {', '.join(PRESETS)}.")
     preset = PRESETS[recipe.preset]
+    try:
+        find_network(recipe.network, preset.dimensions)
+    except InputError as error:
+        raise InputError(f"{file}: {prefix}network: {error}") from None
     if recipe.patch_size is not None and len(recipe.patch_size) != preset.dimensions:
         raise InputError(
             f"{file}: {prefix}patch_size: {len(recipe.patch_size)} axes for {recipe.preset}, which has "

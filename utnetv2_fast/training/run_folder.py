@@ -26,7 +26,7 @@ from utnetv2_fast.data.plan import Plan, Preparation
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.files import atomic_write, lies_inside, read_bounded, write_text_atomically
 from utnetv2_fast.locks import NoLocksError, holder, try_lock
-from utnetv2_fast.models import UTNetV2, UTNetV2Config
+from utnetv2_fast.models import AnyNetworkConfig, SegmentationNetwork, build_network
 from utnetv2_fast.training.config import EvaluationConfig, TrainingConfig
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class RunConfig(BaseModel):
     preparation: Preparation = Preparation()
     plan: Plan
     patch_size: tuple[int, ...]
-    model: UTNetV2Config
+    model: AnyNetworkConfig
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -211,7 +211,7 @@ class RunFolder:
             raise InputError(f"{file}: damaged; restore it from a copy, or train into a new --out.")
         return state
 
-    def load_model(self, weights: Weights = "last") -> UTNetV2:
+    def load_model(self, weights: Weights = "last") -> SegmentationNetwork[Any]:
         """The trained network on the CPU in eval mode.
 
         Raises InputError when the run has no such weights (yet), or damaged ones, or those of another network.
@@ -219,7 +219,7 @@ class RunFolder:
         config, file = self.config, self.weights_file(weights)
         try:
             with torch.device("meta"):  # the network's shapes alone: those of a hostile configuration fit nowhere
-                expected = {name: (t.shape, t.dtype) for name, t in UTNetV2(config.model).state_dict().items()}
+                expected = {name: (t.shape, t.dtype) for name, t in build_network(config.model).state_dict().items()}
         except (RuntimeError, TypeError, ValueError, OverflowError):
             raise InputError(f"{self.config_file}: describes a network of impossible size; train anew.") from None
         try:
@@ -236,7 +236,7 @@ class RunFolder:
         whole = checksum in (None, _checksum(state))
         if not whole or any(tensor.dtype != expected[name][1] for name, tensor in state.items()):
             raise InputError(f"{file}: damaged weights; restore the file or train anew.")
-        model = UTNetV2(config.model)
+        model = build_network(config.model)
         model.load_state_dict(state)
         return model.eval()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from utnetv2_fast.models import UTNetV2
+from utnetv2_fast.models import SegmentationNetwork, build_network
 from utnetv2_fast.training.run_folder import RunConfig
 from utnetv2_fast.training.schedule import learning_rate_factor
 
@@ -27,7 +27,7 @@ class TrainingState:
         settings = config.training
         torch.manual_seed(settings.seed)
         self.device = device
-        self.model = UTNetV2(config.model).to(device)
+        self.model = build_network(config.model).to(device)
         self.averaged = AveragedModel(self.model, multi_avg_fn=_ema(settings.ema_decay))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -51,9 +51,9 @@ class TrainingState:
         self.seconds = 0.0
 
     @property
-    def network(self) -> UTNetV2:
+    def network(self) -> SegmentationNetwork[Any]:
         """The network with averaged weights."""
-        return cast(UTNetV2, self.averaged.module)
+        return cast(SegmentationNetwork[Any], self.averaged.module)
 
     @property
     def step(self) -> int:
