@@ -9,13 +9,17 @@
 // The roof is memory: at 27 taps there are 7 operations per byte of float32. So every element is read from memory once.
 // A piece of work is a group of channels times a slab of planes times a band of rows. It slides along the planes with a
 // ring of the A planes that the taps reach, each copied into thread-owned memory that fits the second cache, with zeros
-// around it, in float whatever the storage type; the plane after it is fetched meanwhile. On such a plane a tap is a constant offset, so that
+// around it, in float whatever the storage type. On such a plane a tap is a constant offset, so that
 //
 //   out[j] += weight[t] * plane[j + offset[t]]
 //
-// runs over one flat range with eight vectors of accumulators and no edge cases; what it computes between the rows is
-// not copied out. This is one loop for both layouts: with channels-last maps a vector holds channels of one position,
-// with all others positions of one channel.
+// runs with eight vectors of accumulators and no edge cases. With channels-last maps a vector holds channels of one
+// position, and what a row gives goes straight into the output. With all others a vector holds positions of one channel:
+// the range runs on from row to row, and what it computes between them is not copied out.
+//
+// A channels-last map in 2D is taken as planes of one row each, so that every row is copied in once here too. A piece has
+// few channels of every position, and what it needs next lies far apart in memory: no processor foresees that, and so it
+// is fetched ahead.
 #include "kernel_tools.hpp"
 #include "kernels.hpp"
 #include "map.hpp"
@@ -32,12 +36,14 @@ constexpr int64_t LINE = 64;                 // bytes of a cache line
 // Bytes of one position's channels that a piece takes: positions lie a power of two apart, and single lines of them would
 // fall on few sets of the caches and touch a page for little.
 constexpr int64_t CHANNEL_BYTES = 256;
+constexpr int64_t AHEAD = 16;                // positions between what is used and what is fetched, channels-last
 constexpr int64_t UNROLL = 8;                // vectors of accumulators: products take four cycles, two start in each
 
 struct Geometry {
+    bool channels_last;    // channels vary fastest
+    bool rows_are_planes;  // of a map in 2D
     int64_t batch, channels, depth, height, width;
     int64_t taps_d, taps_h, taps_w;
-    bool channels_last;  // channels vary fastest
     int64_t lanes;       // channels side by side in a vector: all lanes, or 1
     int64_t groups;      // vectors of channels in a piece
     int64_t pitch;       // positions from row to row of a plane
@@ -59,13 +65,15 @@ template <class T>
 Geometry make_geometry(const Tensor& x, const Tensor& weight) {
     using A = Arithmetic<T>;
     Geometry g;
-    const bool planar = x.dimensions == 4;
+    const int last = x.dimensions - 1;
     g.batch = x.sizes[0], g.channels = x.sizes[1];
-    g.depth = planar ? 1 : x.sizes[2];
-    g.height = x.sizes[x.dimensions - 2], g.width = x.sizes[x.dimensions - 1];
-    g.taps_d = planar ? 1 : weight.sizes[2];
-    g.taps_h = weight.sizes[x.dimensions - 2], g.taps_w = weight.sizes[x.dimensions - 1];
-    g.channels_last = x.strides[1] == 1 && x.strides[x.dimensions - 1] != 1 && g.channels > 1;
+    g.channels_last = x.strides[1] == 1 && x.strides[last] != 1 && g.channels > 1;
+    g.rows_are_planes = g.channels_last && x.dimensions == 4;
+    // D, H and W of `sizes`.
+    const auto depth = [&](const int64_t* sizes) { return x.dimensions == 5 || g.rows_are_planes ? sizes[2] : 1; };
+    const auto height = [&](const int64_t* sizes) { return g.rows_are_planes ? 1 : sizes[last - 1]; };
+    g.depth = depth(x.sizes), g.height = height(x.sizes), g.width = x.sizes[last];
+    g.taps_d = depth(weight.sizes), g.taps_h = height(weight.sizes), g.taps_w = weight.sizes[last];
     g.lanes = g.channels_last ? LANES<A> : 1;
     g.groups = g.channels_last ? smaller(CHANNEL_BYTES / int64_t(sizeof(T)) / g.lanes, divide_up(g.channels, g.lanes)) : 1;
     g.pitch = g.width + g.taps_w - 1;
@@ -81,6 +89,14 @@ Geometry make_geometry(const Tensor& x, const Tensor& weight) {
     g.band = divide_up(g.height, g.bands), g.bands = divide_up(g.height, g.band);
     g.slab = divide_up(g.depth, g.slabs), g.slabs = divide_up(g.depth, g.slab);
     return g;
+}
+
+// A tensor by its strides along the axes of `g`.
+template <class T>
+Map<T> as_map_of(const Geometry& g, const Tensor& t) {
+    Map<T> map = as_map<T>(t);
+    if (g.rows_are_planes) map.d = map.h, map.h = 0;
+    return map;
 }
 
 // A piece: its sample, first channel, and output planes [z0, z1) and rows [y0, y1).
@@ -141,7 +157,10 @@ void copy_row_in(const Geometry& g, const T* from, const Map<T>& map, const Prol
     } else if (map.c == 1) {
         const int64_t full = channels / lanes, rest = channels % lanes;
         for (int64_t x = 0; x < g.width; ++x, from += map.w, to += lanes) {
-            for (int64_t k = 0; k < full; ++k) store(to + k * group, prologue(load(from + k * lanes), k));
+            for (int64_t k = 0; k < full; ++k) {
+                __builtin_prefetch(from + AHEAD * map.w + k * lanes, 0, 2);
+                store(to + k * group, prologue(load(from + k * lanes), k));
+            }
             if (rest) store(to + full * group, prologue(load_part(from + full * lanes, rest), full));
         }
     } else {
@@ -169,12 +188,6 @@ void copy_row_out(const Geometry& g, const A* from, int64_t group, T* to, const 
             }
         }
         for (; x < g.width; ++x) to[x * map.w] = from_arithmetic<T>(from[x]);
-    } else if (map.c == 1) {
-        const int64_t full = channels / lanes, rest = channels % lanes;
-        for (int64_t x = 0; x < g.width; ++x, from += lanes, to += map.w) {
-            for (int64_t k = 0; k < full; ++k) store(to + k * lanes, load(from + k * group));
-            if (rest) store_part(to + full * lanes, load(from + full * group), rest);
-        }
     } else {
         for (int64_t c = 0; c < channels; ++c) {
             const A* lane = from + c / lanes * group + c % lanes;
@@ -209,9 +222,24 @@ struct Ring {
         : g(g), map(map), prologue(prologue), piece(piece), memory(memory),
           group(g.plane<A>(piece.rows() + g.taps_h - 1)) {
         next = larger(piece.z0 - g.taps_d / 2, int64_t(0));
-        fill_zero(memory, g.taps_d * g.groups * group);
+        for (int64_t i = 0; i < g.taps_d * g.groups; ++i) zero_surroundings(memory + i * group);
     }
     static int64_t elements(const Geometry& g) { return g.taps_d * g.groups * g.plane<A>(g.band + g.taps_h - 1); }
+
+    // What `copy_plane_in` leaves of a plane: rows outside the map, the ends of all rows, the slack.
+    void zero_surroundings(A* plane) const {
+        const int64_t rows = piece.rows() + g.taps_h - 1, row = g.pitch * g.lanes, before = g.taps_w / 2 * g.lanes;
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t y = piece.y0 - g.taps_h / 2 + i;
+            if (y < 0 || y >= g.height) {
+                fill_zero(plane + i * row, row);
+            } else {
+                fill_zero(plane + i * row, before);
+                fill_zero(plane + i * row + before + g.width * g.lanes, before);
+            }
+        }
+        fill_zero(plane + rows * row, group - rows * row);
+    }
 
     void reach(int64_t z) {
         for (; next <= z + g.taps_d / 2 && next < g.depth; ++next)
@@ -233,6 +261,47 @@ inline void correlate_block(Vec<A> start, int64_t taps, const A* const* source, 
         for (int r = 0; r < COUNT; ++r) total[r] += w * load(from + r * LANES<A>);
     }
     for (int r = 0; r < COUNT; ++r) store(out + j + r * LANES<A>, total[r]);
+}
+
+// The same for COUNT positions of a channels-last output, `step` apart, of whose vector `channels` exist.
+template <int COUNT, class T, class A>
+inline void correlate_positions(Vec<A> start, int64_t taps, const A* const* source, const A* weight, int64_t j, T* out,
+                                int64_t step, int64_t channels) {
+    Vec<A> total[COUNT];
+    for (int r = 0; r < COUNT; ++r) {
+        total[r] = start;
+        __builtin_prefetch(out + (r + AHEAD) * step, 1, 2);
+    }
+    for (int64_t t = 0; t < taps; ++t) {
+        const Vec<A> w = load(weight + t * LANES<A>);
+        const A* from = source[t] + j;
+#pragma GCC unroll 16
+        for (int r = 0; r < COUNT; ++r) total[r] += w * load(from + r * LANES<A>);
+    }
+    for (int r = 0; r < COUNT; ++r)
+        if (channels == LANES<A>)
+            store(out + r * step, total[r]);
+        else
+            store_part(out + r * step, total[r], channels);
+}
+
+// One row of a channels-last output; the last block overlaps the one before.
+template <class T, class A>
+void correlate_row(Vec<A> start, int64_t taps, const A* const* source, const A* weight, int64_t j, int64_t width, T* out,
+                   int64_t step, int64_t channels) {
+    const auto sweep = [&](auto count) {
+        constexpr int64_t block = decltype(count)::value;
+        for (int64_t x = 0; x < width; x += block) {
+            const int64_t at = smaller(x, width - block);
+            correlate_positions<block>(start, taps, source, weight, j + at * LANES<A>, out + at * step, step, channels);
+        }
+    };
+    if (width >= UNROLL)
+        sweep(Constant<UNROLL>{});
+    else if (width >= UNROLL / 2)
+        sweep(Constant<UNROLL / 2>{});
+    else
+        sweep(Constant<1>{});
 }
 
 template <class A>
@@ -277,15 +346,6 @@ void accumulate(int64_t taps, const A* const* source, const A* grad, int64_t cou
     }
 }
 
-// Element (c, a, b, x) of a weight-like tensor.
-template <class T>
-T* tap_of(const Tensor& weight, int64_t c, int64_t a, int64_t b, int64_t x) {
-    const int last = weight.dimensions - 1;
-    int64_t offset = c * weight.strides[0] + b * weight.strides[last - 1] + x * weight.strides[last];
-    if (weight.dimensions == 5) offset += a * weight.strides[2];
-    return static_cast<T*>(weight.data) + offset;
-}
-
 // Calls visit(t, a, b, c) for all taps whose plane exists at output plane z; t counts them.
 template <class F>
 int64_t for_taps(const Geometry& g, int64_t z, const F& visit) {
@@ -323,7 +383,8 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
     using A = Arithmetic<T>;
     constexpr int64_t L = LANES<A>;
     const Geometry g = make_geometry<T>(x, weight);
-    const Map<T> from = as_map<T>(x), to = as_map<T>(out);
+    const Map<T> from = as_map_of<T>(g, x), to = as_map_of<T>(g, out);
+    const bool straight = g.channels_last && to.c == 1;
 
     parallel_for(g.pieces(), [&](int64_t i) {
         const Piece p = make_piece(g, i);
@@ -338,6 +399,7 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
         A* starts = arena.take<A>(g.groups * L);
         const A** sources = arena.take<const A*>(g.taps());
 
+        const Map<T> tap = as_map_of<T>(g, weight);
         for (int64_t k = 0; k < g.groups; ++k)
             for (int64_t lane = 0; lane < L; ++lane) {
                 const int64_t within = k * g.lanes + (g.channels_last ? lane : 0), c = p.channel + within;
@@ -346,7 +408,7 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
                 for (int64_t a = 0; a < g.taps_d; ++a)
                     for (int64_t b = 0; b < g.taps_h; ++b)
                         for (int64_t e = 0; e < g.taps_w; ++e, w += L)
-                            *w = exists ? to_arithmetic(*tap_of<T>(weight, c, a, b, e)) : A(0);
+                            *w = exists ? to_arithmetic(tap(c, 0, a, b, e)) : A(0);
                 starts[k * L + lane] =
                     bias && exists ? to_arithmetic(static_cast<T*>(bias->data)[c * bias->strides[0]]) : A(0);
             }
@@ -355,17 +417,25 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
         Ring<T, A> ring(g, from, prologue, p, planes);
         for (int64_t z = p.z0; z < p.z1; ++z) {
             ring.reach(z);
-            for (int64_t k = 0; k < g.groups; ++k) {
+            T* row = to.data + p.sample * to.b + p.channel * to.c + z * to.d + p.y0 * to.h;
+            for (int64_t k = 0; k < divide_up(p.channels, g.lanes); ++k) {
                 const int64_t used = for_taps(g, z, [&](int64_t t, int64_t a, int64_t b, int64_t c) {
                     sources[t] = ring.slot(z + a - g.taps_d / 2) + k * ring.group + (b * g.pitch + c) * g.lanes;
                     const int64_t tap = (a * g.taps_h + b) * g.taps_w + c;
                     store(weights + t * L, load(all_weights + (k * g.taps() + tap) * L));
                 });
-                const int64_t count = ((p.rows() - 1) * g.pitch + g.width) * g.lanes;
-                correlate<A>(load(starts + k * L), used, sources, weights, count, result + k * plane);
+                const Vec<A> start = load(starts + k * L);
+                if (straight) {
+                    const int64_t channels = smaller(p.channels - k * L, L);
+                    for (int64_t y = 0; y < p.rows(); ++y)
+                        correlate_row<T, A>(start, used, sources, weights, y * g.pitch * L, g.width,
+                                            row + y * to.h + k * L, to.w, channels);
+                } else {
+                    const int64_t count = ((p.rows() - 1) * g.pitch + g.width) * g.lanes;
+                    correlate<A>(start, used, sources, weights, count, result + k * plane);
+                }
             }
-            T* row = to.data + p.sample * to.b + p.channel * to.c + z * to.d + p.y0 * to.h;
-            for (int64_t y = 0; y < p.rows(); ++y)
+            for (int64_t y = 0; y < p.rows() && !straight; ++y)
                 copy_row_out(g, result + y * g.pitch * g.lanes, plane, row + y * to.h, to, p.channels);
         }
     });
@@ -377,18 +447,18 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
     using A = Arithmetic<T>;
     constexpr int64_t L = LANES<A>;
     const Geometry g = make_geometry<T>(x, grad_weight);
-    const Map<T> grad = as_map<T>(grad_out), from = as_map<T>(x);
+    const Map<T> grad = as_map_of<T>(g, grad_out), from = as_map_of<T>(g, x);
     const int64_t per_piece = g.groups * g.taps() * L;
     const Buffer<double> partial(g.pieces() * per_piece);  // [piece][group][tap][lane]
 
     parallel_for(g.pieces(), [&](int64_t i) {
         const Piece p = make_piece(g, i);
-        const int64_t plane = g.plane<A>(p.rows()), plane_taps = g.taps_h * g.taps_w;
-        Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * plane * sizeof(A), plane_taps * sizeof(A*),
+        const int64_t plane = g.plane<A>(p.rows());
+        Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * plane * sizeof(A), g.taps() * sizeof(A*),
                     2 * g.groups * L * sizeof(A));
         A* planes = arena.take<A>(Ring<T, A>::elements(g));
         A* grads = arena.take<A>(g.groups * plane);
-        const A** sources = arena.take<const A*>(plane_taps);
+        const A** sources = arena.take<const A*>(g.taps());
         double* totals = partial.data + i * per_piece;
         fill_zero(totals, per_piece);
         fill_zero(grads, g.groups * plane);
@@ -399,20 +469,17 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
             ring.reach(z);
             copy_plane_in(g, grad, Prologue<A>{}, p, z, p.y0, p.rows(), 0, grads, plane);
             const int64_t count = p.rows() * g.pitch * g.lanes;
-            for (int64_t a = 0; a < g.taps_d; ++a) {
-                const int64_t other = z + a - g.taps_d / 2;
-                if (other < 0 || other >= g.depth) continue;
-                for (int64_t k = 0; k < g.groups; ++k) {
-                    for (int64_t t = 0; t < plane_taps; ++t)
-                        sources[t] =
-                            ring.slot(other) + k * ring.group + (t / g.taps_w * g.pitch + t % g.taps_w) * g.lanes;
-                    accumulate<A>(plane_taps, sources, grads + k * plane, count,
-                                  totals + (k * g.taps() + a * plane_taps) * L);
-                }
+            const int64_t first = larger(g.taps_d / 2 - z, int64_t(0)) * g.taps_h * g.taps_w;
+            for (int64_t k = 0; k < g.groups; ++k) {
+                const int64_t used = for_taps(g, z, [&](int64_t t, int64_t a, int64_t b, int64_t c) {
+                    sources[t] = ring.slot(z + a - g.taps_d / 2) + k * ring.group + (b * g.pitch + c) * g.lanes;
+                });
+                accumulate<A>(used, sources, grads + k * plane, count, totals + (k * g.taps() + first) * L);
             }
         }
     });
 
+    const Map<T> tap = as_map_of<T>(g, grad_weight);
     // Pieces of the same channels, in their order; lanes too where they are positions of one channel.
     for (int64_t c = 0; c < g.channels; ++c) {
         const int64_t within = c % g.channels_of_piece(), group = within / g.lanes;
@@ -426,7 +493,7 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
                     for (int64_t lane = 0; lane < L; ++lane) total += lanes[lane];
             }
             const int64_t a = t / (g.taps_h * g.taps_w), rest = t % (g.taps_h * g.taps_w);
-            *tap_of<T>(grad_weight, c, a, rest / g.taps_w, rest % g.taps_w) = from_arithmetic<T>(A(total));
+            tap(c, 0, a, rest / g.taps_w, rest % g.taps_w) = from_arithmetic<T>(A(total));
         }
     }
 }

@@ -13,6 +13,10 @@ template <class T>
 struct Map {
     T* data;
     int64_t b, c, d, h, w;  // strides
+
+    T& operator()(int64_t ib, int64_t ic, int64_t id, int64_t ih, int64_t iw) const {
+        return data[ib * b + ic * c + id * d + ih * h + iw * w];
+    }
 };
 
 template <class T>

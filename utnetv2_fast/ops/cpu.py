@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from utnetv2_fast.ops.extension import load_extension
 
@@ -89,10 +90,26 @@ def channel_moments_backward(
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _onednn_is_faster(x, weight):
+        _, c, h, w = x.shape
+        # torch tells the layout by the strides, which a single sample may have of what it was cut from.
+        return F.conv2d(x.as_strided(x.shape, (h * w * c, 1, w * c, c)), weight, bias, padding=1, groups=c)
     out = torch.empty_like(x)
     described_bias = None if bias is None else _described(bias)
     _extension().depthwise_conv(_described(x), _described(weight), described_bias, None, None, False, _described(out))
     return out
+
+
+def _onednn_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Of flat channels-last maps with AVX-512 oneDNN reads what is in the caches as it lies there, in half our time."""
+    return (
+        weight.shape[2:] == (3, 3)
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() > 0
+        and _extension().instruction_set() == "avx512"
+    )
 
 
 def depthwise_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
