@@ -22,7 +22,7 @@ from utnetv2_fast.data.nifti import read_scan
 from utnetv2_fast.data.plan import PatchPlan, plan_patch
 from utnetv2_fast.data.prepare import Prepared
 from utnetv2_fast.data.resample import ANISOTROPY_THRESHOLD
-from utnetv2_fast.data.splits import load_or_make_splits
+from utnetv2_fast.data.splits import load_or_make_splits, splits_file, take_patients
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.evaluation.metrics import Evaluation, evaluate_files
 from utnetv2_fast.evaluation.tables import summarise, write_tables
@@ -54,16 +54,17 @@ def suggest_preset(dataset: Dataset, device: torch.device) -> str:
     return "tiny-2d" if thick else "tiny-3d"
 
 
-def configure(prepared: Prepared, data: Path, recipe: Recipe, fold: int) -> RunConfig:
+def configure(prepared: Prepared, data: Path, recipe: Recipe, fold: int, *, share: float = 1.0) -> RunConfig:
     """The configuration of a run: the recipe's network fitted to the data, and its settings.
 
-    The cases of the fold become part of it: what was trained on stays out of the scores whatever becomes of the
-    splits. Raises InputError when there is no such fold.
+    The cases of the fold become part of it, of those to train on the ones of a share of their patients: what was
+    trained on stays out of the scores whatever becomes of the splits. Raises InputError when there is no such fold.
     """
     preset, plan = get_preset(recipe.preset), prepared.plan
     splits = load_or_make_splits(prepared, recipe.split)
     if not 0 <= fold < len(splits):
-        raise InputError(f"There is no fold {fold}: {prepared.folder / 'splits.json'} has 0 to {len(splits) - 1}.")
+        raise InputError(f"There is no fold {fold}: {splits_file(prepared, recipe.split)} has 0 to {len(splits) - 1}.")
+    patients = {case.name: case.patient for case in prepared.cases}
     patch = _patch(prepared, preset, recipe.patch_size)
     task = Task(
         dimensions=preset.dimensions,
@@ -77,10 +78,12 @@ def configure(prepared: Prepared, data: Path, recipe: Recipe, fold: int) -> RunC
     return RunConfig(
         protocol=recipe.protocol,
         preset=recipe.preset,
+        network=recipe.network,
         data=str(data.resolve()),
         prepared=str(prepared.folder.resolve()),
         fold=fold,
-        train_cases=tuple(splits[fold]["train"]),
+        share_of_patients=share,
+        train_cases=tuple(take_patients(splits[fold]["train"], patients, share)),
         held_out_cases=tuple(splits[fold]["val"]),
         preparation=recipe.preparation,
         plan=plan,

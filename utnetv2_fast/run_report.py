@@ -113,7 +113,7 @@ def _settings(config: RunConfig) -> dict[str, str]:
         "Dataset": config.data,
         "Classes": ", ".join(_classes(config)),
         "Channels": ", ".join(plan.channels),
-        "Network": config.preset,
+        "Network": config.preset if config.network == "utnetv2" else f"{config.network}, in place of {config.preset}",
         "Patch": " × ".join(map(str, config.patch_size)) + " voxels",  # noqa: RUF001
         "Spacing": f"{spacing} mm" + (", slices as they are" if plan.dimensions == 2 else ""),
         "Length": f"{training.epochs} epochs of {training.steps_per_epoch} steps",

@@ -328,7 +328,7 @@ def test_a_signal_stops_a_training_which_goes_on_to_the_same_end(
     handler = signal.getsignal(number)
     assert call("train", "--data", demo, *SHORT, "--out", "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_training_bar", steps_that(lambda step: step == 1 and signal.raise_signal(number)))
+        patch.setattr(train, "training_bar", steps_that(lambda step: step == 1 and signal.raise_signal(number)))
         assert call("train", "--data", demo, *SHORT, "--out", "a run", "--device", "cpu") == 0
     assert signal.getsignal(number) is handler
     message = capfd.readouterr().err
@@ -348,7 +348,7 @@ def test_a_second_interruption_stops_at_once(
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(train, "_training_bar", steps_that(interrupt_twice))
+    monkeypatch.setattr(train, "training_bar", steps_that(interrupt_twice))
     assert call("train", "--data", demo, *SHORT, "--out", "run") == 130
     assert not (place / "run" / "checkpoints").exists()
 

@@ -9,9 +9,13 @@ from typing import Annotated
 import typer
 
 import utnetv2_fast
+from utnetv2_fast.cli.compare import compare
 from utnetv2_fast.cli.console import print_json
 from utnetv2_fast.cli.convert import convert
+from utnetv2_fast.cli.curve import curve
+from utnetv2_fast.cli.demo import demo
 from utnetv2_fast.cli.doctor import doctor
+from utnetv2_fast.cli.domains import domains
 from utnetv2_fast.cli.evaluate import evaluate
 from utnetv2_fast.cli.info import info
 from utnetv2_fast.cli.predict import predict
@@ -33,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, predict, evaluate, prepare, verify, convert, info, doctor):
+for verb in (train, predict, evaluate, prepare, verify, convert, demo, compare, curve, domains, info, doctor):
     app.command()(verb)
 
 

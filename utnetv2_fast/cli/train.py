@@ -189,7 +189,7 @@ def train(
         store = prepare_dataset(dataset, folder, dimensions, track, config.preparation, ranks=ranks)
     else:
         folds = None if fold == "all" else [_fold_number(fold or "0")]
-        dataset = read_dataset(data) if data is not None else _demo_dataset(track, ranks)
+        dataset = read_dataset(data) if data is not None else demo_dataset(track, ranks)
         if recipe is None:
             settings = recipe_for_preset(preset or suggest_preset(dataset, target), protocol or "clean")
         else:
@@ -222,7 +222,7 @@ def train(
         for run in runs:
             if ranks.first:
                 _announce(run, len(store.cases), target, ranks)
-            with _saying_how_to_resume(out, device), _training_bar() if ranks.first else nullcontext() as watch:
+            with _saying_how_to_resume(out, device), training_bar() if ranks.first else nullcontext() as watch:
                 evaluation = run_fold(
                     run,
                     dataset,
@@ -272,7 +272,7 @@ def _fold_number(fold: str) -> int:
     return int(fold)
 
 
-def _demo_dataset(track: Track, ranks: Ranks) -> Dataset:
+def demo_dataset(track: Track, ranks: Ranks) -> Dataset:
     from utnetv2_fast.data.dataset import read_dataset
     from utnetv2_fast.data.phantom import write_phantom
     from utnetv2_fast.sharing import in_order, share
@@ -299,7 +299,7 @@ def _saying_how_to_resume(out: Path, device: str) -> Iterator[None]:
 
 
 @contextmanager
-def _training_bar() -> Iterator[Callable[[Progress], None]]:
+def training_bar() -> Iterator[Callable[[Progress], None]]:
     """A function to call after every step: a bar in a terminal, else a line on stderr every ten seconds."""
     if not messages.is_terminal:
         yield _print_lines()

@@ -78,9 +78,10 @@ class _Stored:
 def write_phantom(folder: Path, patients: int = 20, seed: int = 0, track: Track = silent) -> Dataset:
     """Write `patients` patients at end diastole (ED) and end systole (ES) to `folder` and return them as a dataset.
 
-    Files are those of nnU-Net's raw layout, and `cases.csv` with the columns case, patient, vendor and phase; they
-    depend on `patients` and `seed` alone. Voxels are 1.2 to 1.9 mm in slices 8 to 10 mm apart. Some scans lie
-    obliquely in the scanner, some are stored with flipped axes.
+    Files are those of nnU-Net's raw layout, and `cases.csv` with the columns case, patient, vendor, phase and subset;
+    they depend on `patients` and `seed` alone. Voxels are 1.2 to 1.9 mm in slices 8 to 10 mm apart. Some scans lie
+    obliquely in the scanner, some are stored with flipped axes. For studies of unseen domains, the subset "testing" has
+    every patient of the last two vendors and every third one of the others.
     """
     folder = Path(folder)
     rows = []
@@ -90,9 +91,9 @@ def write_phantom(folder: Path, patients: int = 20, seed: int = 0, track: Track 
             case = f"{name}_{scan.phase}"
             _write_nifti(folder / "imagesTr" / f"{case}_0000.nii.gz", scan.image, scan.affine)
             _write_nifti(folder / "labelsTr" / f"{case}.nii.gz", scan.label, scan.affine)
-            rows.append((case, name, vendor.name, scan.phase))
+            rows.append((case, name, vendor.name, scan.phase, _subset(patient)))
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("case", "patient", "vendor", "phase"), *rows])
+    csv.writer(table, lineterminator="\n").writerows([("case", "patient", "vendor", "phase", "subset"), *rows])
     write_text_atomically(folder / "cases.csv", table.getvalue())
     # Last, because without it the folder is no dataset.
     write_text_atomically(
@@ -109,6 +110,11 @@ def write_phantom(folder: Path, patients: int = 20, seed: int = 0, track: Track 
         ),
     )
     return read_dataset(folder)
+
+
+def _subset(patient: int) -> str:
+    round_, vendor = divmod(patient, len(_VENDORS))
+    return "testing" if vendor >= len(_VENDORS) // 2 or round_ % 3 == 2 else "training"
 
 
 def _write_nifti(file: Path, array: NDArray[np.int16] | NDArray[np.uint8], affine: Array) -> None:

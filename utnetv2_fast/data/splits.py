@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence, Set
@@ -117,15 +118,34 @@ def _splits_by(rules: SplitRules, cases: Sequence[PreparedCase]) -> list[Split]:
     return make_splits(patients, rules.folds)
 
 
+def splits_file(prepared: Prepared, rules: SplitRules = _EVEN) -> Path:
+    """Where the folds by `rules` are kept: `splits.json`, or for other rules than the usual a file of their own."""
+    own = "" if rules == _EVEN else "-" + hashlib.blake2b(rules.model_dump_json().encode(), digest_size=4).hexdigest()
+    return prepared.folder / f"splits{own}.json"
+
+
+def take_patients(names: Sequence[str], patients: Mapping[str, str], share: float, seed: int = 12345) -> list[str]:
+    """Those of the cases `names` that belong to a share of their patients, at least one: the paper's scales of data.
+
+    `patients` is {case: patient}. A smaller share is a part of every larger one.
+    """
+    people = _patients({name: patients[name] for name in names}) if share < 1 else []
+    if not people:
+        return list(names)
+    shuffled = np.random.default_rng(seed).permutation(people)
+    taken = set(shuffled[: max(1, round(share * len(people)))].tolist())
+    return [name for name in names if patients[name] in taken]
+
+
 def load_or_make_splits(prepared: Prepared, rules: SplitRules = _EVEN) -> list[Split]:
-    """The folds in `splits.json` of the prepared folder, which is written by `rules` when there is none.
+    """The folds in `splits_file` of the prepared folder, which is written by `rules` when there is none.
 
     Raises InputError when an edited file is malformed, names a case that is not there, leaves one out of every fold,
     has an empty side, or a patient on both sides of a fold.
     """
     cases = [case for case in prepared.cases if not matches(case, rules.left_out)]
     patients = {case.name: case.patient for case in cases}
-    file = prepared.folder / "splits.json"
+    file = splits_file(prepared, rules)
     if not file.exists():
         splits = _splits_by(rules, cases)
         write_text_atomically(file, json.dumps(splits, indent=2))

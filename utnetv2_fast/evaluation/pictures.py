@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -167,7 +167,9 @@ def draw_case(view: View, labels: Sequence[str], title: str, window: tuple[float
         Line2D([], [], **_REFERENCE_LINE, label="contour of the reference"),
         Line2D([], [], **_PREDICTION_LINE, label="of the prediction"),
     ]
-    figure, panels = _lay_out(2, 2, plain(title, 32), view.position, contour_key, _class_handles([view], labels))
+    figure, panels = _lay_out(
+        2, 2, plain(title, 32), view.position, contour_key, _class_handles([view], labels), every_row_named=True
+    )
     for axes, name in zip(panels, ("Scan", "Reference", "Prediction", "Contours"), strict=True):
         _show_scan(axes, view, box, window or _percentile_window(view, box))
         axes.set_title(name, **_PANEL_TITLE)
@@ -181,9 +183,37 @@ def draw_case(view: View, labels: Sequence[str], title: str, window: tuple[float
     return figure
 
 
+def draw_comparison(
+    view: View,
+    predictions: Sequence[tuple[str, NDArray[np.uint8]]],
+    labels: Sequence[str],
+    title: str,
+    window: tuple[float, float] | None = None,
+) -> Figure:
+    """Scan, reference, and what several networks made of the same slice: [(name, (H, W) as it is shown)]."""
+    shown = [view, *(replace(view, prediction=prediction) for _, prediction in predictions)]
+    everything = np.stack([view.reference, *(prediction for _, prediction in predictions)]).max(axis=0)
+    box = field_of_view(replace(view, prediction=everything))
+    names = ["Scan", "Reference", *(plain(name, 26) for name, _ in predictions)]
+    columns = 3
+    rows = -(-len(names) // columns)
+    figure, panels = _lay_out(
+        rows, columns, plain(title, 40), view.position, _class_handles(shown, labels), every_row_named=True
+    )
+    for axes, name in zip(panels, names, strict=False):
+        _show_scan(axes, view, box, window or _percentile_window(view, box))
+        axes.set_title(name, **_PANEL_TITLE)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    _mark_geometry(panels[0], view, box)
+    for axes, label in zip(panels[1:], [view.reference, *(p for _, p in predictions)], strict=False):
+        _overlay(axes, label, view.spacing)
+    return figure
+
+
 def draw_patches(views: Sequence[View], labels: Sequence[str], title: str) -> Figure:
     """Scan, reference and prediction of one or more patches, a row each."""
-    figure, panels = _lay_out(len(views), 3, plain(title, 60), "", _class_handles(views, labels))
+    figure, panels = _lay_out(len(views), 3, plain(title, 60), "", _class_handles(views, labels), every_row_named=False)
     for axes, name in zip(panels, ("Scan", "Reference", "Prediction"), strict=False):
         axes.set_title(name, **_PANEL_TITLE)
     for row, view in enumerate(views):
@@ -199,10 +229,12 @@ def draw_patches(views: Sequence[View], labels: Sequence[str], title: str) -> Fi
     return figure
 
 
-def _lay_out(rows: int, columns: int, title: str, remark: str, *legends: Sequence[Artist]) -> tuple[Figure, list[Axes]]:
+def _lay_out(
+    rows: int, columns: int, title: str, remark: str, *legends: Sequence[Artist], every_row_named: bool
+) -> tuple[Figure, list[Axes]]:
     """A figure of square panels, row by row, under a title and a remark to its right, above legends."""
     side = (WIDTH - (columns - 1) * _GAP) / columns
-    title_above = _TITLE if columns == 2 else _GAP  # with three columns only the first row is named
+    title_above = _TITLE if every_row_named else _GAP
     bottom = sum(map(legend_height, legends))
     height = bottom + rows * (side + title_above) + 0.2 + (_TITLE - title_above)
     figure = new_figure(height)

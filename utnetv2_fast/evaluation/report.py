@@ -103,11 +103,21 @@ def write_report(file: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page as HTML: styles and pictures inside, no script, no reference to anything outside."""
+    return render_template("report.html.j2", _page(report))
+
+
+def render_template(name: str, content: Mapping[str, Any]) -> str:
+    """A page by the template `name` of this package, into which `version` and `written` are put too."""
+    folder = resources.files(__package__)
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(lambda template: folder.joinpath(template).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
-    return template.render(_page(report))
+    written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return environment.get_template(name).render(content, version=utnetv2_fast.__version__, written=written)
 
 
 def report_on_folder(evaluation: Evaluation, predictions: Path, references: Path) -> Report:
@@ -157,14 +167,14 @@ def _picture_case(
         (reference, grid), (prediction, _) = read_label(files.reference), read_label(files.prediction)
     except InputError as error:
         return PicturedCase(rank, case, None, f"No picture: {error}", math.nan)
-    scan, remark = _read_first_channel(files.images, channels, grid)
+    scan, remark = read_first_channel(files.images, channels, grid)
     axis, index = telling_slice(reference, prediction, grid.spacing)
     view = take_view(scan, reference, prediction, grid.spacing, axis, index)
-    figure = draw_case(view, labels, case, CT_WINDOW if _is_ct(channels[0]) else None)
+    figure = draw_case(view, labels, case, CT_WINDOW if is_ct(channels[0]) else None)
     return PicturedCase(rank, case, png(figure), remark, math.prod(grid.spacing) / 1000)
 
 
-def _read_first_channel(
+def read_first_channel(
     images: Sequence[Path], channels: Sequence[str], grid: Grid
 ) -> tuple[NDArray[np.float32] | None, str]:
     """The first channel (Z, Y, X) of a scan and how it is shown, or None and why there is none to show."""
@@ -176,12 +186,12 @@ def _read_first_channel(
         return None, f"The scan cannot be shown: {error}"
     if difference := grid_difference(scan.grid, grid):
         return None, f"The scan cannot be shown: its grid is not that of the label maps ({difference})."
-    if _is_ct(channels[0]):
+    if is_ct(channels[0]):
         return scan.image[0], "{}, window {:.0f} to {:.0f} HU.".format(channels[0], *CT_WINDOW)
     return scan.image[0], f"{channels[0]}, black to white the 1st to the 99.5th percentile of what is shown."
 
 
-def _is_ct(channel: str) -> bool:
+def is_ct(channel: str) -> bool:
     return channel.lower() == "ct"
 
 
@@ -203,8 +213,6 @@ def _page(report: Report) -> dict[str, Any]:
         "remarks": remarks,
         "scores": None,
         "training": None if training is None else _training(training, evaluation),
-        "version": utnetv2_fast.__version__,
-        "written": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     return page if evaluation is None else page | _scores(evaluation, report.scores_figure, report.cases)
 
@@ -249,7 +257,7 @@ def _scores(evaluation: Evaluation, figure: bytes | None, cases: Sequence[Pictur
             "rows": rows,
             "mean": means,
             "cases": summary["cases"],
-            "figure": _data_uri(figure),
+            "figure": data_uri(figure),
         },
         "tolerance": tolerance,
         "missing_class_rule": MISSING_CLASS_RULES[evaluation.missing_class],
@@ -279,7 +287,7 @@ def _case(case: PicturedCase, evaluation: Evaluation) -> dict[str, Any]:
     return {
         "rank": case.rank.capitalize(),
         "name": case.name,
-        "picture": _data_uri(case.picture),
+        "picture": data_uri(case.picture),
         "remark": case.remark,
         "dice": _text(evaluation.case_mean(case.name, "dice"), 3),
         "rows": [
@@ -325,8 +333,8 @@ def _shade(share: float, *, right: bool) -> str:
 
 def _training(training: Training, evaluation: Evaluation | None) -> dict[str, Any]:
     return {
-        "curves": _data_uri(training.curves),
-        "patches": _data_uri(training.patches),
+        "curves": data_uri(training.curves),
+        "patches": data_uri(training.patches),
         "costs": list(_costs(training, evaluation)),
         "settings": list(training.settings.items()),
         "configuration": training.configuration,
@@ -389,5 +397,5 @@ def _text(value: float | None, digits: int) -> str:
     return UNDEFINED if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _data_uri(content: bytes | None) -> str | None:
+def data_uri(content: bytes | None) -> str | None:
     return None if content is None else "data:image/png;base64," + base64.b64encode(content).decode("ascii")

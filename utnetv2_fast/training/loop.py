@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -33,6 +34,7 @@ from utnetv2_fast.training.state import TrainingState
 
 _NORM_BATCHES = 8  # from which batch norms get the statistics of the averaged weights
 _LEAST_VALIDATION_BATCHES = 4
+_WARM_UP_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 3, 5, 5.0  # of a step's measurement
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,27 @@ def train(
                 after_epoch(state.network)
             saved = time.perf_counter()
     return state.network.eval()
+
+
+def seconds_per_step(config: RunConfig, train_cases: Sequence[PreparedCase], device: torch.device) -> float:
+    """How long a training step of this run takes here once it has warmed up: the median of some, loading included."""
+    settings = config.training
+    state = TrainingState(config, device)
+    dtype = training_dtype(settings, device)
+    weights = expand_class_weights(settings.class_weights, config.model.num_classes).to(device)
+    batch = _batches(config, train_cases, device, range(settings.batch_size))
+    state.model.train()
+    seconds: list[float] = []
+    with closing(prefetch(batch, itertools.count())) as prefetched:
+        finished = time.perf_counter()
+        for step, (image, label, cases) in enumerate(prefetched):
+            _step(state, state.model, image, label, cases, weights, settings, dtype)
+            before, finished = finished, time.perf_counter()
+            if step >= _WARM_UP_STEPS:
+                seconds.append(finished - before)
+            if len(seconds) >= _TIMED_STEPS and sum(seconds) >= _TIMED_SECONDS:
+                return statistics.median(seconds)
+    raise AssertionError("there is always another step")
 
 
 def _resume(run: RunFolder, state: TrainingState) -> None:

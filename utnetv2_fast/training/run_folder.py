@@ -16,7 +16,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -53,9 +53,11 @@ class RunConfig(BaseModel):
 
     protocol: Literal["clean", "paper"] = "clean"
     preset: str
+    network: str = "utnetv2"
     data: str  # the dataset's folder
     prepared: str  # its prepared folder
     fold: int
+    share_of_patients: float = Field(default=1.0, gt=0, le=1, description="of the fold's, that are trained on")
     train_cases: tuple[str, ...]
     held_out_cases: tuple[str, ...]
     preparation: Preparation = Preparation()
