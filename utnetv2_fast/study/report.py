@@ -145,7 +145,9 @@ def _facts(results: Sequence[Result]) -> Mapping[str, str]:
         f"augmentation {training.augmentation if isinstance(training.augmentation, str) else 'its own'}",
         "Machine": f"{environment.get('device')}, {environment.get('threads')} threads, "
         f"{environment.get('instruction_set')}",
-        "Command": shlex.join(Path(part).name if part.startswith("/") else part for part in environment.get("command", ())),
+        "Command": shlex.join(
+            Path(part).name if part.startswith("/") else part for part in environment.get("command", ())
+        ),
         "Versions": ", ".join(f"{name} {number}" for name, number in packages.items() if number),
     }
 
