@@ -119,13 +119,20 @@ def test_an_error_of_a_real_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert captured.err.count("\n") == 1
 
 
-def test_info_names_versions_and_presets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_names_versions_presets_and_networks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(monkeypatch, "info", "--json") == 0
     content = json.loads(capsys.readouterr().out)
     assert content["versions"]["utnetv2-fast"] == utnetv2_fast.__version__
     assert 0 < content["presets"]["tiny-2d"]["parameters"] < content["presets"]["acdc-2d"]["parameters"]
+    assert content["networks"]["attention-unet"]["dimensions"] == [2]
+    assert set(content["networks"]["resunet"]["parameters"]) == {"acdc-2d", "acdc-3d"}
+    assert content["networks"]["utnetv2"]["parameters"]["acdc-3d"] == content["presets"]["acdc-3d"]["parameters"]
     assert call(monkeypatch, "info") == 0
-    assert "tiny-2d" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tiny-2d" in printed
+    assert "Attn ResUNet" in printed
 
 
 def test_doctor_checks_the_operators(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`utnetv2-fast info`: versions and presets."""
+"""`utnetv2-fast info`: versions, presets and networks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from rich.table import Column, Table
 
 import utnetv2_fast
 from utnetv2_fast.cli.console import Json, console, print_json
+from utnetv2_fast.errors import InputError
 
+# The presets for which the parameters of all networks are given, as the paper's Fig. 2 has them.
+COMPARED = ("acdc-2d", "acdc-3d")
 PACKAGES = ("torch", "triton", "numpy", "scipy", "nibabel", "surface-distance", "safetensors", "pydantic")
 
 
@@ -27,17 +30,32 @@ def info(json: Json = False) -> None:
     versions = {"utnetv2-fast": utnetv2_fast.__version__, "python": platform.python_version()}
     versions |= {package: _version(package) for package in PACKAGES}
     presets = {name: _describe(name) for name in _preset_names()}
+    networks = _networks()
     if json:
-        print_json({"versions": versions, "presets": presets})
+        print_json({"versions": versions, "presets": presets, "networks": networks})
         return
     console.print(", ".join(f"{package} {number}" for package, number in versions.items()), highlight=False)
-    headers = ("preset", "input", "blocks", "heads", "map", "norm", "params")
-    table = Table(*(Column(header, no_wrap=True) for header in headers), box=SIMPLE, padding=0)
+    table = _table("preset", "input", "blocks", "heads", "map", "norm", "params")
     for name, preset in presets.items():
         sizes = ["x".join(map(str, preset[key])) for key in ("input_size", "map_size")]
         counts = [",".join(map(str, preset[key])) for key in ("blocks", "heads")]
         table.add_row(name, sizes[0], *counts, sizes[1], preset["norm"], f"{preset['parameters'] / 1e6:.2f} M")
     console.print(table)
+    table = _table("--model", "network", *COMPARED)
+    for name, network in networks.items():
+        table.add_row(name, network["title"], *(_millions(network, preset) for preset in COMPARED))
+    console.print(table)
+
+
+def _table(*headers: str) -> Table:
+    return Table(*(Column(header, no_wrap=True) for header in headers), box=SIMPLE, padding=0)
+
+
+def _millions(network: dict[str, Any], preset: str) -> str:
+    if preset not in network["parameters"]:
+        return "-"
+    count = network["parameters"][preset]
+    return "missing" if count is None else f"{count / 1e6:.2f} M"
 
 
 def _version(package: str) -> str:
@@ -64,3 +82,42 @@ def _describe(name: str) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     preset = get_preset(name)
     return {"input_size": preset.input_size, **preset.fields, "parameters": parameters}
+
+
+def _networks() -> dict[str, dict[str, Any]]:
+    """Every network: its title and dimensions, and by preset its parameters for one channel and four classes.
+
+    None stands for the parameters of a network that needs a package which is not installed.
+    """
+    from utnetv2_fast.models import NETWORKS, Task, configure_network, get_preset
+    from utnetv2_fast.models.networks import count_parameters
+
+    tasks = {
+        name: Task(
+            dimensions=preset.dimensions,
+            in_channels=1,
+            num_classes=4,
+            patch_size=preset.input_size,
+            scales=preset.fields["scales"],
+            kernel_sizes=preset.fields["kernel_sizes"],
+            fields=preset.fields,
+        )
+        for name, preset in ((name, get_preset(name)) for name in COMPARED)
+    }
+
+    def parameters(network: str, task: Task) -> int | None:
+        try:
+            return count_parameters(configure_network(network, task))
+        except InputError:
+            return None
+
+    return {
+        name: {
+            "title": choice.title,
+            "dimensions": choice.dimensions,
+            "parameters": {
+                preset: parameters(name, task) for preset, task in tasks.items() if task.dimensions in choice.dimensions
+            },
+        }
+        for name, choice in NETWORKS.items()
+    }

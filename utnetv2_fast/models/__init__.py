@@ -1,5 +1,6 @@
 """UTNetV2, its presets, the way in for the authors' weights, and the networks that it is compared with."""
 
+from utnetv2_fast.models.ablations import ABLATIONS
 from utnetv2_fast.models.config import NetworkConfig, UTNetV2Config
 from utnetv2_fast.models.network import SegmentationNetwork
 from utnetv2_fast.models.networks import NETWORKS, AnyNetworkConfig, build_network, configure_network, find_network
@@ -8,6 +9,7 @@ from utnetv2_fast.models.task import Task
 from utnetv2_fast.models.utnetv2 import UTNetV2
 
 __all__ = [
+    "ABLATIONS",
     "NETWORKS",
     "PRESETS",
     "AnyNetworkConfig",

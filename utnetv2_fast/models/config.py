@@ -41,38 +41,24 @@ class NetworkConfig(BaseModel):
         return tuple(padded)
 
 
-class UTNetV2Config(NetworkConfig):
-    """Level 0 is full resolution, level i follows the i-th down-sampling; B-MHA works at levels 2, 3 and 4.
+class FiveLevelConfig(NetworkConfig):
+    """A U of five levels: level 0 is full resolution, level i follows the i-th down-sampling.
 
     The decoder mirrors the encoder.
     """
 
-    architecture: Literal["utnetv2"] = "utnetv2"
     channels: tuple[PositiveInt, ...] = Field(description="of levels 0 to 4")
     scales: tuple[tuple[Literal[1, 2], ...], ...] = Field(description="of the four down-samplings, per axis")
     kernel_sizes: tuple[tuple[PositiveInt, ...], ...] = Field(description="of levels 0 to 4, per axis, odd")
-    blocks: tuple[Blocks, Blocks, Blocks] = Field(description="N1, N2, N3: B-MHA blocks of levels 2, 3, 4")
-    heads: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="attention heads of levels 2, 3, 4")
-    map_size: tuple[PositiveInt, ...] = Field(description="size of the semantic map; its product is l")
-    expansion: PositiveInt = Field(description="widening of the MBConv feed-forward network")
     norm: Literal["batch", "instance"]
-    fusion_channels: PositiveInt
-    fusion_heads: PositiveInt
-    fusion_blocks: Blocks = 2
-    reduce_skip: bool = Field(description="normalise and reduce each skip concatenation (the 2D networks do)")
     deep_supervision: bool = True
-
-    @property
-    def map_tokens(self) -> int:
-        """l, the number of semantic tokens of a level."""
-        return math.prod(self.map_size)
 
     @property
     def stride(self) -> tuple[int, ...]:
         return tuple(math.prod(axis) for axis in zip(*self.scales, strict=True))
 
     @model_validator(mode="after")
-    def _sizes_agree(self) -> UTNetV2Config:
+    def _levels_agree(self) -> FiveLevelConfig:
         per_axis = {"scales": (self.scales, LEVELS - 1), "kernel_sizes": (self.kernel_sizes, LEVELS)}
         for name, (rows, count) in per_axis.items():
             if len(rows) != count or any(len(row) != self.dimensions for row in rows):
@@ -81,11 +67,38 @@ class UTNetV2Config(NetworkConfig):
             raise ValueError(f"kernel_sizes must be odd, got {self.kernel_sizes}")
         if len(self.channels) != LEVELS:
             raise ValueError(f"channels must be {LEVELS} numbers, got {self.channels}")
-        if len(self.map_size) != self.dimensions or self.map_tokens > MOST_MAP_TOKENS:
-            raise ValueError(
-                f"map_size must be {self.dimensions} numbers whose product is at most {MOST_MAP_TOKENS}, got "
-                f"{self.map_size}"
-            )
+        return self
+
+
+def check_map_size(map_size: tuple[int, ...], dimensions: int) -> None:
+    """ValueError unless there are as many numbers as dimensions, and not too many tokens."""
+    if len(map_size) != dimensions or math.prod(map_size) > MOST_MAP_TOKENS:
+        raise ValueError(
+            f"map_size must be {dimensions} numbers whose product is at most {MOST_MAP_TOKENS}, got {map_size}"
+        )
+
+
+class UTNetV2Config(FiveLevelConfig):
+    """B-MHA works at levels 2, 3 and 4."""
+
+    architecture: Literal["utnetv2"] = "utnetv2"
+    blocks: tuple[Blocks, Blocks, Blocks] = Field(description="N1, N2, N3: B-MHA blocks of levels 2, 3, 4")
+    heads: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="attention heads of levels 2, 3, 4")
+    map_size: tuple[PositiveInt, ...] = Field(description="size of the semantic map; its product is l")
+    expansion: PositiveInt = Field(description="widening of the MBConv feed-forward network")
+    fusion_channels: PositiveInt
+    fusion_heads: PositiveInt
+    fusion_blocks: Blocks = 2
+    reduce_skip: bool = Field(description="normalise and reduce each skip concatenation (the 2D networks do)")
+
+    @property
+    def map_tokens(self) -> int:
+        """l, the number of semantic tokens of a level."""
+        return math.prod(self.map_size)
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> UTNetV2Config:
+        check_map_size(self.map_size, self.dimensions)
         for channels, heads in zip(self.channels[2:], self.heads, strict=True):
             if channels % heads:
                 raise ValueError(f"channels {self.channels[2:]} of levels 2 to 4 must divide by heads {self.heads}")

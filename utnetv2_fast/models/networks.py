@@ -9,8 +9,12 @@ import torch
 from pydantic import Discriminator, Tag
 
 from utnetv2_fast.errors import InputError
+from utnetv2_fast.models.ablations import POSITIONS, VARIANTS
 from utnetv2_fast.models.config import NetworkConfig, UTNetV2Config
+from utnetv2_fast.models.hybrid import HybridConfig, HybridUNet, configure_utnetv1, convolutional
 from utnetv2_fast.models.network import SegmentationNetwork
+from utnetv2_fast.models.rivals.nnunet import NNUNet, NNUNetConfig, configure_nnunet
+from utnetv2_fast.models.rivals.unet_plus_plus import UNetPlusPlus, UNetPlusPlusConfig, configure_unet_plus_plus
 from utnetv2_fast.models.task import Task
 from utnetv2_fast.models.utnetv2 import UTNetV2
 
@@ -23,12 +27,18 @@ def _architecture(config: Any) -> str:
 
 
 AnyNetworkConfig = Annotated[
-    Annotated[UTNetV2Config, Tag("utnetv2")],
+    Annotated[UTNetV2Config, Tag("utnetv2")]
+    | Annotated[HybridConfig, Tag("hybrid")]
+    | Annotated[NNUNetConfig, Tag("nnunet")]
+    | Annotated[UNetPlusPlusConfig, Tag("unet++")],
     Discriminator(_architecture),
 ]
 
 _CLASSES: dict[str, type[SegmentationNetwork[Any]]] = {
     "utnetv2": UTNetV2,
+    "hybrid": HybridUNet,
+    "nnunet": NNUNet,
+    "unet++": UNetPlusPlus,
 }
 
 
@@ -54,8 +64,19 @@ def _utnetv2(task: Task, width: int) -> UTNetV2Config:
     return UTNetV2Config(**dict(task.fields) | sizes | channels)
 
 
+_BASE_32 = {2: 32, 3: 32}
+
 NETWORKS: dict[str, Choice] = {
     "utnetv2": Choice("UTNetV2", (2, 3), _utnetv2),
+    "unet": Choice("UNet", (2, 3), convolutional("plain"), _BASE_32),
+    "unet++": Choice("UNet++", (2,), configure_unet_plus_plus, _BASE_32),
+    "attention-unet": Choice("Attention UNet", (2,), convolutional("plain", gates=True, reduce_skip=False), _BASE_32),
+    "resunet": Choice("ResUNet", (2, 3), convolutional("residual"), _BASE_32),
+    "attention-resunet": Choice("Attn ResUNet", (3,), convolutional("residual", gates=True), _BASE_32),
+    "nnunet": Choice("nnUNet", (2, 3), configure_nnunet, _BASE_32),
+    "utnetv1": Choice("UTNetV1", (2, 3), configure_utnetv1, _BASE_32),
+    **{name: Choice(title, (2, 3), configure, _BASE_32) for name, (title, configure) in POSITIONS.items()},
+    **{name: Choice(title, (2, 3), configure) for name, (title, configure) in VARIANTS.items()},
 }
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from utnetv2_fast import ops
 from utnetv2_fast.nn.normalised_conv import Moments, fuses, normalised_conv, scale_and_shift, through_moments
 from utnetv2_fast.ops.arguments import autocast_dtype
-from utnetv2_fast.ops.dense_conv import planes
+from utnetv2_fast.ops.dense_conv import in_layout_of, planes
 from utnetv2_fast.ops.dispatch import Impl
 
 Norm = Literal["batch", "instance"]
@@ -131,6 +131,19 @@ class NormActConv(nn.Sequential):
         return conv_of_norm(self.norm, self.conv, x, moments, relu=relu, impl=self.impl)
 
 
+class ConvNormAct(nn.Module):
+    """The order of the first UNets: convolve, normalise, ReLU. (B, C_in, *spatial) -> (B, C_out, *spatial)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, ...], norm: Norm) -> None:
+        super().__init__()
+        self.conv = make_conv(in_channels, out_channels, kernel_size)
+        self.norm = make_norm(norm, out_channels, len(kernel_size), instance_eps=1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch takes a single sample of a single channel for channels-first, whatever its strides.
+        return torch.relu(self.norm(in_layout_of(x, self.conv(x))))
+
+
 class ResidualBlock(nn.Module):
     """[norm, ReLU, conv] twice plus a shortcut; nothing after the sum. (B, C_in, *spatial) -> (B, C_out, *spatial).
 
@@ -208,3 +221,17 @@ class MBConv(nn.Module):
         gated_moments = (gate * mean, gate.square() * variance)
         scale, shift = scale_and_shift(self.project.norm, gated_moments, x)
         return normalised_conv(x, gate * scale, shift, *weights_of(self.project.conv), relu=False, impl=self.impl)
+
+
+class Perceptron(nn.Module):
+    """Feed-forward network of a conventional Transformer, pre-norm: expand and project pointwise, add."""
+
+    def __init__(self, channels: int, dimensions: int, expansion: int, norm: Norm) -> None:
+        super().__init__()
+        hidden, ones = channels * expansion, (1,) * dimensions
+        self.norm = make_norm(norm, channels, dimensions)
+        self.expand = make_conv(channels, hidden, ones, bias=True)
+        self.project = make_conv(hidden, channels, ones, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(F.gelu(self.expand(self.norm(x))))

@@ -164,6 +164,44 @@ class SkipConnection(nn.Module):
         return _reduced(self.norm, self.reduce, concatenate(resize_like(x, skip), skip), self.impl)
 
 
+class ProjectedSkipConnection(nn.Module):
+    """Projects the coarse token map to the channels of the skipped one, resizes and concatenates them.
+
+    -> (B, 2 C_skip, *spatial of skip), the way of the authors' 2D ResUNet. The projection is linear and pointwise, so
+    that in front of the resizing it gives the same, on fewer positions.
+    """
+
+    def __init__(self, in_channels: int, skip_channels: int, dimensions: int) -> None:
+        super().__init__()
+        self.project = make_conv(in_channels, skip_channels, (1,) * dimensions)
+        self.out_channels = 2 * skip_channels
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return concatenate(resize_like(self.project(x), skip), skip)
+
+
+class AttentionGate(nn.Module):
+    """Scales each position of a skipped token map by what it and the coarser map say of it (Oktay et al. 2018).
+
+    (B, C_coarse, *coarse), (B, C, *spatial) -> (B, C, *spatial).
+    """
+
+    def __init__(self, coarse_channels: int, channels: int, dimensions: int, norm: Norm) -> None:
+        super().__init__()
+        hidden, ones = max(channels // 2, 1), (1,) * dimensions
+        self.coarse = make_conv(coarse_channels, hidden, ones)
+        self.coarse_norm = make_norm(norm, hidden, dimensions)
+        self.skip = make_conv(channels, hidden, ones)
+        self.skip_norm = make_norm(norm, hidden, dimensions)
+        self.gate = make_conv(hidden, 1, ones)
+        self.gate_norm = make_norm(norm, 1, dimensions)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        coarse = self.coarse_norm(resize_like(self.coarse(x), skip))
+        hidden = torch.relu(coarse + self.skip_norm(self.skip(skip)))
+        return skip * torch.sigmoid(self.gate_norm(self.gate(hidden)))
+
+
 class AttentionUpStage(nn.Module):
     """Skip connection for both maps, then B-MHA blocks: x, skip, map, skipped map -> (token map, map or None)."""
 

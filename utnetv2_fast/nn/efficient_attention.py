@@ -1,0 +1,110 @@
+"""What B-MHA is compared with: efficient attention of UTNetV1 (paper Eq. 4), and no attention at all.
+
+Both take and give a token map (B, C, *spatial) alone, and fill the place of B-MHA in a pre-norm block.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utnetv2_fast import ops
+from utnetv2_fast.nn.bidirectional_attention import merge_heads, split_heads
+from utnetv2_fast.nn.channels import halves
+from utnetv2_fast.nn.convolution import (
+    DepthwiseSeparableConv,
+    MBConv,
+    Norm,
+    NormActConv,
+    Perceptron,
+    make_conv,
+    make_norm,
+)
+from utnetv2_fast.ops.dispatch import Impl
+
+
+class EfficientAttention(nn.Module):
+    """Every token attends to keys and values reduced to a map of `map_size`: (B, C_in, *spatial) -> (B, C, *spatial).
+
+    They are reduced by interpolation over areas. UTNetV1 interpolates linearly between neighbours, which from a large
+    map reads a few positions and leaves the others out: of a map reduced to two per axis, all but the corners.
+    Projections are pointwise, or depthwise-separable with `convolve`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        heads: int,
+        kernel_size: tuple[int, ...],
+        map_size: tuple[int, ...],
+        *,
+        convolve: bool,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.map_size = map_size
+        self.impl: Impl = impl
+
+        def project(inputs: int, outputs: int) -> nn.Module:
+            if convolve:
+                return DepthwiseSeparableConv(inputs, outputs, kernel_size, impl=impl)
+            return make_conv(inputs, outputs, (1,) * len(kernel_size))
+
+        self.q = project(in_channels, channels)
+        self.kv = project(in_channels, 2 * channels)
+        self.out = project(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(self.q(x), self.heads)
+        reduced = F.interpolate(self.kv(x), size=self.map_size, mode="area")
+        k, v = (split_heads(t, self.heads) for t in reduced.chunk(2, dim=1))
+        out, _ = ops.bidirectional_attention(q, q, k, v, need_map=False, impl=self.impl)
+        return self.out(merge_heads(out, tuple(x.shape[2:])))
+
+
+class IdentityAttention(nn.Module):
+    """The projections of B-MHA on the token map with nothing mixed between them: (B, C_in, ..) -> (B, C, ..).
+
+    What would be queries and what would be values are added, so that both are trained.
+    """
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: tuple[int, ...], *, impl: Impl = "auto") -> None:
+        super().__init__()
+        self.token_qv = DepthwiseSeparableConv(in_channels, 2 * channels, kernel_size, impl=impl)
+        self.token_out = DepthwiseSeparableConv(channels, channels, kernel_size, impl=impl)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = halves(self.token_qv(x))
+        return self.token_out(q + v)
+
+
+class TokenBlock(nn.Module):
+    """Pre-norm `attention` on the token map with a residual, then `feed_forward`, which has one of its own.
+
+    The block of B-MHA without the semantic map: (B, C_in, *spatial) -> (B, C, *spatial).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        attention: EfficientAttention | IdentityAttention,
+        feed_forward: MBConv | Perceptron,
+        dimensions: int,
+        norm: Norm,
+        *,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        self.norm = make_norm(norm, in_channels, dimensions)
+        self.attention = attention
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != channels:
+            pointwise = make_conv(in_channels, channels, (1,) * dimensions)
+            self.shortcut = NormActConv(norm, in_channels, pointwise, dimensions=dimensions, impl=impl)
+        self.feed_forward = feed_forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feed_forward(self.attention(self.norm(x)) + self.shortcut(x))
