@@ -11,6 +11,17 @@ from pydantic import Discriminator, Tag
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.models.config import NetworkConfig, UTNetV2Config
 from utnetv2_fast.models.network import SegmentationNetwork
+from utnetv2_fast.models.rivals.swinunet import SwinUNet, SwinUNetConfig, configure_swinunet
+from utnetv2_fast.models.rivals.transunet import (
+    R50UNet,
+    R50UNetConfig,
+    TransUNet,
+    TransUNetConfig,
+    configure_r50_unet,
+    configure_transunet,
+)
+from utnetv2_fast.models.rivals.unetr import UNETR, UNETRConfig, configure_unetr
+from utnetv2_fast.models.rivals.vtunet import VTUNet, VTUNetConfig, configure_vt_unet
 from utnetv2_fast.models.task import Task
 from utnetv2_fast.models.utnetv2 import UTNetV2
 
@@ -23,12 +34,22 @@ def _architecture(config: Any) -> str:
 
 
 AnyNetworkConfig = Annotated[
-    Annotated[UTNetV2Config, Tag("utnetv2")],
+    Annotated[UTNetV2Config, Tag("utnetv2")]
+    | Annotated[R50UNetConfig, Tag("r50-unet")]
+    | Annotated[TransUNetConfig, Tag("transunet")]
+    | Annotated[SwinUNetConfig, Tag("swinunet")]
+    | Annotated[UNETRConfig, Tag("unetr")]
+    | Annotated[VTUNetConfig, Tag("vt-unet")],
     Discriminator(_architecture),
 ]
 
 _CLASSES: dict[str, type[SegmentationNetwork[Any]]] = {
     "utnetv2": UTNetV2,
+    "r50-unet": R50UNet,
+    "transunet": TransUNet,
+    "swinunet": SwinUNet,
+    "unetr": UNETR,
+    "vt-unet": VTUNet,
 }
 
 
@@ -56,6 +77,11 @@ def _utnetv2(task: Task, width: int) -> UTNetV2Config:
 
 NETWORKS: dict[str, Choice] = {
     "utnetv2": Choice("UTNetV2", (2, 3), _utnetv2),
+    "r50-unet": Choice("R50-UNet", (2,), configure_r50_unet, {2: 64}),
+    "transunet": Choice("TransUNet", (2,), configure_transunet, {2: 64}),
+    "swinunet": Choice("SwinUNet", (2,), configure_swinunet, {2: 32}),
+    "unetr": Choice("UNETR", (3,), configure_unetr, {3: 64}),
+    "vt-unet": Choice("VT-UNet", (3,), configure_vt_unet, {3: 32}),
 }
 
 
