@@ -30,7 +30,7 @@ from utnetv2_fast.files import write_text_atomically
 from utnetv2_fast.inference.held_out import predict_held_out, scored_files
 from utnetv2_fast.inference.predict import Predictor
 from utnetv2_fast.memory import peak_memory
-from utnetv2_fast.models import Preset, Task, configure_network, get_preset
+from utnetv2_fast.models import Preset, Task, check_pretrained, configure_network, get_preset
 from utnetv2_fast.progress import Track, silent
 from utnetv2_fast.ranks import ALONE, Ranks
 from utnetv2_fast.run_report import complete_report, follow_training
@@ -54,13 +54,24 @@ def suggest_preset(dataset: Dataset, device: torch.device) -> str:
     return "tiny-2d" if thick else "tiny-3d"
 
 
-def configure(prepared: Prepared, data: Path, recipe: Recipe, fold: int, *, share: float = 1.0) -> RunConfig:
+def configure(
+    prepared: Prepared,
+    data: Path,
+    recipe: Recipe,
+    fold: int,
+    *,
+    share: float = 1.0,
+    pretrained: Path | None = None,
+) -> RunConfig:
     """The configuration of a run: the recipe's network fitted to the data, and its settings.
 
     The cases of the fold become part of it, of those to train on the ones of a share of their patients: what was
-    trained on stays out of the scores whatever becomes of the splits. Raises InputError when there is no such fold.
+    trained on stays out of the scores whatever becomes of the splits. The weights in the file `pretrained` are loaded
+    when the training begins. Raises InputError when there is no such fold or file, or the network takes no such weights.
     """
     preset, plan = get_preset(recipe.preset), prepared.plan
+    if pretrained is not None:
+        check_pretrained(recipe.network, pretrained)
     splits = load_or_make_splits(prepared, recipe.split)
     if not 0 <= fold < len(splits):
         raise InputError(f"There is no fold {fold}: {splits_file(prepared, recipe.split)} has 0 to {len(splits) - 1}.")
@@ -90,6 +101,7 @@ def configure(prepared: Prepared, data: Path, recipe: Recipe, fold: int, *, shar
         patch_size=patch.patch_size,
         # The paper's networks have published sizes; beside a small one all are made as small.
         model=configure_network(recipe.network, task, equal_parameters=preset.fits_data),
+        pretrained=None if pretrained is None else str(pretrained.resolve()),
         training=recipe.training,
         evaluation=recipe.evaluation,
     )
@@ -109,7 +121,13 @@ def _patch(prepared: Prepared, preset: Preset, patch_size: tuple[int, ...] | Non
 
 
 def new_runs(
-    prepared: Prepared, data: Path, recipe: Recipe, folds: Sequence[int] | None, out: Path
+    prepared: Prepared,
+    data: Path,
+    recipe: Recipe,
+    folds: Sequence[int] | None,
+    out: Path,
+    *,
+    pretrained: Path | None = None,
 ) -> list[tuple[RunFolder, RunConfig]]:
     """The configurations of runs to begin: of one fold in `out`, of several or (None) all in `out/fold-K`.
 
@@ -119,7 +137,11 @@ def new_runs(
         folds = range(len(load_or_make_splits(prepared, recipe.split)))
     alone = len(folds) == 1
     return [
-        (RunFolder(out if alone else out / f"fold-{fold}"), configure(prepared, data, recipe, fold)) for fold in folds
+        (
+            RunFolder(out if alone else out / f"fold-{fold}"),
+            configure(prepared, data, recipe, fold, pretrained=pretrained),
+        )
+        for fold in folds
     ]
 
 

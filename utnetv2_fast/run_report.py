@@ -114,6 +114,7 @@ def _settings(config: RunConfig) -> dict[str, str]:
         "Classes": ", ".join(_classes(config)),
         "Channels": ", ".join(plan.channels),
         "Network": config.preset if config.network == "utnetv2" else f"{config.network}, in place of {config.preset}",
+        "Weights at the start": config.pretrained or "random",
         "Patch": " × ".join(map(str, config.patch_size)) + " voxels",  # noqa: RUF001
         "Spacing": f"{spacing} mm" + (", slices as they are" if plan.dimensions == 2 else ""),
         "Length": f"{training.epochs} epochs of {training.steps_per_epoch} steps",

@@ -25,7 +25,7 @@ import yaml
 from utnetv2_fast.cli import train
 from utnetv2_fast.data.dataset import read_dataset
 from utnetv2_fast.experiment import suggest_preset
-from utnetv2_fast.training import RunFolder
+from utnetv2_fast.training import RunFolder, loop
 from utnetv2_fast.training.loop import Progress
 from utnetv2_fast.training.run_folder import only_training_in
 
@@ -252,6 +252,35 @@ def test_a_recipe_by_name_is_overridden_by_options(call: Call, demo: Path, place
     assert config["training"]["learning_rate"] == 5e-4
 
 
+def test_pretrained_weights_are_noted_and_reported(
+    call: Call, demo: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, Path]] = []
+    monkeypatch.setattr(loop, "load_pretrained", lambda net, file: loaded.append((net.config.architecture, file)))
+    file = place / "swin.pth"
+    file.touch()
+    arguments = ("train", "--data", demo, *SHORT, "--model", "swinunet", "--pretrained", "swin.pth", "--out", "run")
+    assert call(*arguments) == 0
+    assert loaded == [("swinunet", file)]
+    assert RunFolder(place / "run").config.pretrained == str(file)
+    page = (place / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Weights at the start" in page
+    assert str(file) in page
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "words"),
+    [("utnetv2", "swin.pth", "takes no pre-trained weights"), ("swinunet", "absent.pth", "absent.pth: no such file")],
+)
+def test_pretrained_weights_that_cannot_be_used_are_refused_before_a_run_is_written(
+    call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str], model: str, file: str, words: str
+) -> None:
+    (place / "swin.pth").touch()
+    assert call("train", "--data", demo, *SHORT, "--model", model, "--pretrained", file, "--out", "run") == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (place / "run").exists()
+
+
 def test_all_folds_and_their_spread(call: Call, demo: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "--data", demo, *SHORT, "--fold", "all", "--out", "runs", "--json") == 0
     result = json.loads(capsys.readouterr().out)
@@ -405,6 +434,7 @@ def test_a_run_killed_while_it_was_set_up_is_set_up_anew(
         ("--fold", "1"),
         ("--preset", "tiny-2d"),
         ("--recipe", "acdc-2d"),
+        ("--pretrained", "weights.pth"),
         ("--protocol", "paper"),
         ("--leak-best-epoch",),
     ],

@@ -58,6 +58,14 @@ def train(
             show_default="the recipe's, or utnetv2",
         ),
     ] = None,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights to begin with, as published: R50+ViT-B_16.npz for r50-unet and transunet, "
+            "swin_tiny_patch4_window7_224.pth for swinunet and vt-unet.",
+            show_default="random ones",
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="All settings: the name of a recipe, or FILE.yaml; options below override it."),
@@ -123,6 +131,8 @@ def train(
 
     utnetv2-fast train --data data/acdc --preset acdc-2d --model resunet
 
+    utnetv2-fast train --data data/acdc --preset acdc-2d --model swinunet --pretrained swin_tiny_patch4_window7_224.pth
+
     utnetv2-fast train --data data/bcv --recipe bcv-3d --protocol paper --leak-label-crop
 
     utnetv2-fast train --resume --out runs/acdc
@@ -177,7 +187,7 @@ def train(
         if (
             out is None
             or changes
-            or any(given is not None for given in (preset, model, recipe, protocol, fold))
+            or any(given is not None for given in (preset, model, pretrained, recipe, protocol, fold))
             or leaks
         ):
             raise InputError("--resume needs --out, and keeps the run's own settings: leave the others out.")
@@ -206,7 +216,7 @@ def train(
         refuse_existing_runs(out)
         folder = prepared or default_folder(dataset, dimensions, preparation)
         store = prepare_dataset(dataset, folder, dimensions, track, preparation, ranks=ranks)
-        configs = new_runs(store, dataset.folder, settings, folds, out)
+        configs = new_runs(store, dataset.folder, settings, folds, out, pretrained=pretrained)
         runs = [run for run, _ in configs]
 
     evaluations = []

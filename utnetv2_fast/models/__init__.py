@@ -5,6 +5,7 @@ from utnetv2_fast.models.config import NetworkConfig, UTNetV2Config
 from utnetv2_fast.models.network import SegmentationNetwork
 from utnetv2_fast.models.networks import NETWORKS, AnyNetworkConfig, build_network, configure_network, find_network
 from utnetv2_fast.models.presets import PRESETS, Preset, get_preset
+from utnetv2_fast.models.rivals.pretrained import check_pretrained, load_pretrained
 from utnetv2_fast.models.task import Task
 from utnetv2_fast.models.utnetv2 import UTNetV2
 
@@ -20,7 +21,9 @@ __all__ = [
     "UTNetV2",
     "UTNetV2Config",
     "build_network",
+    "check_pretrained",
     "configure_network",
     "find_network",
     "get_preset",
+    "load_pretrained",
 ]

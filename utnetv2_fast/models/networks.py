@@ -15,6 +15,17 @@ from utnetv2_fast.models.hybrid import HybridConfig, HybridUNet, configure_utnet
 from utnetv2_fast.models.network import SegmentationNetwork
 from utnetv2_fast.models.rivals.nnunet import NNUNet, NNUNetConfig, configure_nnunet
 from utnetv2_fast.models.rivals.unet_plus_plus import UNetPlusPlus, UNetPlusPlusConfig, configure_unet_plus_plus
+from utnetv2_fast.models.rivals.swinunet import SwinUNet, SwinUNetConfig, configure_swinunet
+from utnetv2_fast.models.rivals.transunet import (
+    R50UNet,
+    R50UNetConfig,
+    TransUNet,
+    TransUNetConfig,
+    configure_r50_unet,
+    configure_transunet,
+)
+from utnetv2_fast.models.rivals.unetr import UNETR, UNETRConfig, configure_unetr
+from utnetv2_fast.models.rivals.vtunet import VTUNet, VTUNetConfig, configure_vt_unet
 from utnetv2_fast.models.task import Task
 from utnetv2_fast.models.utnetv2 import UTNetV2
 
@@ -30,7 +41,12 @@ AnyNetworkConfig = Annotated[
     Annotated[UTNetV2Config, Tag("utnetv2")]
     | Annotated[HybridConfig, Tag("hybrid")]
     | Annotated[NNUNetConfig, Tag("nnunet")]
-    | Annotated[UNetPlusPlusConfig, Tag("unet++")],
+    | Annotated[UNetPlusPlusConfig, Tag("unet++")]
+    | Annotated[R50UNetConfig, Tag("r50-unet")]
+    | Annotated[TransUNetConfig, Tag("transunet")]
+    | Annotated[SwinUNetConfig, Tag("swinunet")]
+    | Annotated[UNETRConfig, Tag("unetr")]
+    | Annotated[VTUNetConfig, Tag("vt-unet")],
     Discriminator(_architecture),
 ]
 
@@ -39,6 +55,11 @@ _CLASSES: dict[str, type[SegmentationNetwork[Any]]] = {
     "hybrid": HybridUNet,
     "nnunet": NNUNet,
     "unet++": UNetPlusPlus,
+    "r50-unet": R50UNet,
+    "transunet": TransUNet,
+    "swinunet": SwinUNet,
+    "unetr": UNETR,
+    "vt-unet": VTUNet,
 }
 
 
@@ -74,6 +95,11 @@ NETWORKS: dict[str, Choice] = {
     "resunet": Choice("ResUNet", (2, 3), convolutional("residual"), _BASE_32),
     "attention-resunet": Choice("Attn ResUNet", (3,), convolutional("residual", gates=True), _BASE_32),
     "nnunet": Choice("nnUNet", (2, 3), configure_nnunet, _BASE_32),
+    "r50-unet": Choice("R50-UNet", (2,), configure_r50_unet, {2: 64}),
+    "transunet": Choice("TransUNet", (2,), configure_transunet, {2: 64}),
+    "swinunet": Choice("SwinUNet", (2,), configure_swinunet, {2: 32}),
+    "unetr": Choice("UNETR", (3,), configure_unetr, {3: 64}),
+    "vt-unet": Choice("VT-UNet", (3,), configure_vt_unet, {3: 32}),
     "utnetv1": Choice("UTNetV1", (2, 3), configure_utnetv1, _BASE_32),
     **{name: Choice(title, (2, 3), configure, _BASE_32) for name, (title, configure) in POSITIONS.items()},
     **{name: Choice(title, (2, 3), configure) for name, (title, configure) in VARIANTS.items()},

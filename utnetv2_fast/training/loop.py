@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from utnetv2_fast.data.sampling import PatchSampler, prefetch
 from utnetv2_fast.devices import autocast_dtype
 from utnetv2_fast.errors import InputError, RunError, Stopped
 from utnetv2_fast.files import remove_unfinished
-from utnetv2_fast.models import SegmentationNetwork
+from utnetv2_fast.models import SegmentationNetwork, load_pretrained
 from utnetv2_fast.nn.normalised_conv import use_global_batch_norms
 from utnetv2_fast.ops.self_check import check_kernels
 from utnetv2_fast.ranks import ALONE, Ranks
@@ -92,7 +93,8 @@ def train(
     Raises:
         RunError: the loss is not finite (names the cases of the batch), or a file cannot be written, or the ranks see
             different files.
-        InputError: the state in `run` is damaged or that of another network, or the batch cannot be divided evenly.
+        InputError: the state in `run` is damaged or that of another network, or the batch cannot be divided evenly, or
+            the pre-trained weights cannot be used.
         Stopped: after a step `stop()` was true; the state is saved.
     """
     config = run.config
@@ -190,12 +192,15 @@ def seconds_per_step(config: RunConfig, train_cases: Sequence[PreparedCase], dev
 
 
 def _resume(run: RunFolder, state: TrainingState) -> None:
-    """Restore `state` from `run`; does nothing where there is nothing to restore.
+    """Restore `state` from `run`; where nothing is stored yet, begin with pre-trained weights if the run names any.
 
-    Raises InputError when what is stored is damaged or of another network, or was trained with other epochs.
+    Raises InputError when what is stored is damaged or of another network, or was trained with other epochs; and what
+    `load_pretrained` raises.
     """
     stored = run.load_state()
     if stored is None:
+        if run.config.pretrained is not None:
+            load_pretrained(state.model, Path(run.config.pretrained))
         return
     try:
         state.load_state_dict(stored)

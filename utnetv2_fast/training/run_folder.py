@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import warnings
@@ -10,9 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 import yaml
@@ -27,18 +24,12 @@ from utnetv2_fast.errors import InputError
 from utnetv2_fast.files import atomic_write, lies_inside, read_bounded, write_text_atomically
 from utnetv2_fast.locks import NoLocksError, holder, try_lock
 from utnetv2_fast.models import AnyNetworkConfig, SegmentationNetwork, build_network
+from utnetv2_fast.tensor_files import DAMAGE, read_torch_archive
 from utnetv2_fast.training.config import EvaluationConfig, TrainingConfig
 
 T = TypeVar("T")
 
 Weights = Literal["last", "best"]
-
-# What zipfile and torch raise for a file that is no archive, or holds something else than a state; and PyYAML for tags
-# that do not fit their values.
-_DAMAGE = (
-    *(BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError),
-    *(NotImplementedError, OverflowError, MemoryError, RecursionError),
-)
 
 _LARGEST_CONFIG = 2**22  # bytes: what names a hundred thousand cases, and takes PyYAML a minute
 _LARGEST_RECORDS = 2**26
@@ -64,6 +55,7 @@ class RunConfig(BaseModel):
     plan: Plan
     patch_size: tuple[int, ...]
     model: AnyNetworkConfig
+    pretrained: str | None = None  # file of the weights that the training began with
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -151,7 +143,7 @@ class RunFolder:
             return RunConfig.model_validate(plain_yaml.load(text))
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{self.path}: not a run folder (no config.yaml); name one that `train` wrote.") from None
-        except (yaml.YAMLError, *_DAMAGE) as error:
+        except (yaml.YAMLError, *DAMAGE) as error:
             detail = error.errors()[0]["msg"][:200] if isinstance(error, ValidationError) else "not valid YAML"
             raise InputError(f"{self.config_file}: damaged or of another version ({detail}); train anew.") from None
 
@@ -194,21 +186,7 @@ class RunFolder:
             if self.metrics_file.exists():
                 raise InputError(f"{file}: gone, though epochs were finished; restore it, or train into a new --out.")
             return None
-        try:
-            with ZipFile(self._own(file)) as archive:  # torch writes checksums, but does not compare them
-                # Nor does it compress: an archive that does, or whose parts overlap, is made to swell.
-                parts = archive.infolist()
-                stored = all(part.compress_type == ZIP_STORED for part in parts)
-                swelling = not stored or sum(part.file_size for part in parts) > file.stat().st_size
-                intact = not swelling and archive.testzip() is None
-            # By way of the CPU: a GPU would keep the optimiser's step counters, and every step would wait for each.
-            state = torch.load(file, map_location="cpu", weights_only=True) if intact else None
-        except _DAMAGE:
-            state = None
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # what zipfile meets where a damaged directory leads before the file
-                raise
-            state = None
+        state = read_torch_archive(self._own(file))
         if not isinstance(state, dict):
             raise InputError(f"{file}: damaged; restore it from a copy, or train into a new --out.")
         return state
@@ -233,7 +211,7 @@ class RunFolder:
                 checksum = (stored.metadata() or {}).get(_CHECKSUM)
         except FileNotFoundError:
             raise InputError(f"{file}: no such weights; let the training of this run finish an epoch.") from None
-        except (SafetensorError, OSError, *_DAMAGE):
+        except (SafetensorError, OSError, *DAMAGE):
             raise InputError(f"{file}: damaged weights; restore the file or train anew.") from None
         whole = checksum in (None, _checksum(state))
         if not whole or any(tensor.dtype != expected[name][1] for name, tensor in state.items()):
