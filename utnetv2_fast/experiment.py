@@ -67,7 +67,7 @@ def configure(
 
     The cases of the fold become part of it, of those to train on the ones of a share of their patients: what was
     trained on stays out of the scores whatever becomes of the splits. The weights in the file `pretrained` are loaded
-    when the training begins. Raises InputError when there is no such fold or file, or the network takes no such weights.
+    when the training begins. Raises InputError when there is no such fold or file, and where the network takes none.
     """
     preset, plan = get_preset(recipe.preset), prepared.plan
     if pretrained is not None:

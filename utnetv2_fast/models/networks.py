@@ -14,7 +14,6 @@ from utnetv2_fast.models.config import NetworkConfig, UTNetV2Config
 from utnetv2_fast.models.hybrid import HybridConfig, HybridUNet, configure_utnetv1, convolutional
 from utnetv2_fast.models.network import SegmentationNetwork
 from utnetv2_fast.models.rivals.nnunet import NNUNet, NNUNetConfig, configure_nnunet
-from utnetv2_fast.models.rivals.unet_plus_plus import UNetPlusPlus, UNetPlusPlusConfig, configure_unet_plus_plus
 from utnetv2_fast.models.rivals.swinunet import SwinUNet, SwinUNetConfig, configure_swinunet
 from utnetv2_fast.models.rivals.transunet import (
     R50UNet,
@@ -24,6 +23,7 @@ from utnetv2_fast.models.rivals.transunet import (
     configure_r50_unet,
     configure_transunet,
 )
+from utnetv2_fast.models.rivals.unet_plus_plus import UNetPlusPlus, UNetPlusPlusConfig, configure_unet_plus_plus
 from utnetv2_fast.models.rivals.unetr import UNETR, UNETRConfig, configure_unetr
 from utnetv2_fast.models.rivals.vtunet import VTUNet, VTUNetConfig, configure_vt_unet
 from utnetv2_fast.models.task import Task
