@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import utnetv2_fast
+from utnetv2_fast.cli.ablate import ablate
 from utnetv2_fast.cli.compare import compare
 from utnetv2_fast.cli.console import print_json
 from utnetv2_fast.cli.convert import convert
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, predict, evaluate, prepare, verify, convert, demo, compare, curve, domains, info, doctor):
+for verb in (train, predict, evaluate, prepare, verify, convert, demo, compare, curve, domains, ablate, info, doctor):
     app.command()(verb)
 
 
