@@ -115,7 +115,7 @@ class Scores:
 
 def _geometry(size: tuple[int, int, int]) -> Geometry:
     x, y, z = size
-    return Geometry(scan_shape=(z, y, x), crop=((0, z), (0, y), (0, x)), cropped_spacing=SPACING)
+    return Geometry(scan_shape=(z, y, x), axes=(0, 1, 2), crop=((0, z), (0, y), (0, x)), cropped_spacing=SPACING)
 
 
 def export(file: str, size: tuple[int, int, int], classes: int) -> dict[str, float]:

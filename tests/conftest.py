@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 # Before torch counts the cores. Its threads gain little on small tensors, and wait for each other at full speed where
 # tests run in several processes; the tests that are about threads say how many they want.
@@ -116,3 +118,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real scans are not here: {folder} (set UTNETV2_FAST_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def short_axis_affines() -> list[NDArray[np.float64]]:
+    """Affines (4, 4) of three scans (i, j, k) of a heart that lies otherwise in each: 9 mm between slices, 1.4 in them.
+
+    Its long axis leads to the left, the front and below, nearest to X in the first scan, to Y in the second, to Z in
+    the third.
+    """
+    scan = np.array([[2, 3, -6], [-3, 6, 2], [-6, -2, -3]]) / 7
+    turn = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+    affines = []
+    for _ in range(3):
+        affine = np.eye(4)
+        affine[:3, :3] = scan * (1.4, 1.4, 9.0)
+        affines.append(affine)
+        scan = turn @ scan
+    return affines

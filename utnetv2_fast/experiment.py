@@ -47,8 +47,9 @@ def suggest_preset(dataset: Dataset, device: torch.device) -> str:
     The first scans of the dataset decide.
     """
     scans = (read_scan(case.images, len(dataset.channels)) for case in dataset.cases[:5])
-    spacings = np.median([scan.grid.spacing for scan in scans], axis=0)
-    thick = spacings.max() > ANISOTROPY_THRESHOLD * spacings.min()
+    # Sorted: short-axis slices of the heart lie otherwise in every scan.
+    finest, _, coarsest = np.median([sorted(scan.grid.spacing) for scan in scans], axis=0)
+    thick = coarsest > ANISOTROPY_THRESHOLD * finest
     if device.type == "cuda":
         return "acdc-2d" if thick else "lits-3d"
     return "tiny-2d" if thick else "tiny-3d"

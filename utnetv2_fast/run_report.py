@@ -39,11 +39,11 @@ def follow_training(
     """
     config = run.config
     log = tensorboard_log(run.path / "tensorboard", _classes(config)) if tensorboard else None
-    patches = [_validation_patch(config, case) for case in validation_cases[:_PATCHES]]
+    patches = [(case, _validation_patch(config, case)) for case in validation_cases[:_PATCHES]]
 
     def after_epoch(network: torch.nn.Module) -> None:
         epochs = sum(1 for _ in run.read_metrics())
-        views = [_predicted_view(config, patch, network, device, dtype) for patch in patches]
+        views = [_predicted_view(config, case, patch, network, device, dtype) for case, patch in patches]
         picture = png(draw_patches(views, _classes(config), f"Held-out patches after epoch {epochs}"))
         write_png(run.pictures_folder / "validation.png", picture)
         run.record_resources(**peak_memory(device))
@@ -138,9 +138,14 @@ def _validation_patch(config: RunConfig, case: PreparedCase) -> Batch:
 
 @torch.no_grad()
 def _predicted_view(
-    config: RunConfig, patch: Batch, network: torch.nn.Module, device: torch.device, dtype: torch.dtype | None
+    config: RunConfig,
+    case: PreparedCase,
+    patch: Batch,
+    network: torch.nn.Module,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> View:
-    """The patch, in 3D its slice with most foreground, with what `network` makes of it."""
+    """The patch of `case`, in 3D its slice with most foreground, with what `network` makes of it."""
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         logits = network(patch.image.to(device))
     image, reference = patch.image[0, 0].numpy(), patch.label[0].numpy()
@@ -148,5 +153,5 @@ def _predicted_view(
     if reference.ndim == 3:
         fullest = int(np.argmax(np.count_nonzero(reference, axis=(1, 2))))
         image, reference, prediction = image[fullest], reference[fullest], prediction[fullest]
-    plan = config.plan
-    return view_slice(image, reference, prediction, plan.spacing[1:], plan.axes[1:])
+    spacing, axes = config.plan.spacing[1:], case.axes or config.plan.axes
+    return view_slice(image, reference, prediction, spacing, axes[1:])

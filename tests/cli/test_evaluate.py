@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -68,6 +70,25 @@ def test_a_missing_prediction_is_an_error_or_a_subset(
     assert json.loads(capsys.readouterr().out)["cases"] == 3
 
 
+def test_the_rule_for_missing_classes(
+    call: Call, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = tmp_path / "predictions"
+    predictions.mkdir()
+    for file in (demo / "labelsTr").iterdir():
+        label = nib.load(file)
+        nib.save(nib.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine), predictions / file.name)
+    found = {}
+    for rule in ("diagonal", "500mm"):
+        assert call("evaluate", predictions, demo, "--missing-class", rule, "--out", tmp_path / rule, "--json") == 0
+        result = json.loads(capsys.readouterr().out)
+        found[rule] = result["mean"]["hd95_mm"]
+        assert result["mean"]["dice"] == 0
+        assert rule.removesuffix("mm") in result["missing_class_rule"]
+        assert result == json.loads((tmp_path / rule / "scores.json").read_text())
+    assert found["500mm"] == 500 != found["diagonal"]
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
     """The run folders of two folds with the scores of two cases each, and one that is not finished."""
@@ -110,6 +131,7 @@ def test_folds_that_cannot_be_gathered_are_named(
         (runs, "fold2/validation/scores.json: not there yet"),
         ([runs[0], shutil.copytree(runs[0], tmp_path / "copy")], "held out a"),
         ([runs[0], "--report", tmp_path / "r.html"], "--report needs one folder"),
+        ([runs[0], "--missing-class", "500mm"], "--missing-class needs a folder of label maps"),
         ([tmp_path], "Give a folder of label maps"),
     ):
         assert call("evaluate", *arguments) == 2

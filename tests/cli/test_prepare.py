@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from utnetv2_fast.data.prepare import Prepared
+from utnetv2_fast.data.dataset import read_dataset
+from utnetv2_fast.data.prepare import Prepared, default_folder
+from utnetv2_fast.training.recipe import load_recipe
 
 
 def test_where_it_is_told(
@@ -44,6 +46,58 @@ def test_bad_input(demo: Path, tmp_path: Path, call: Callable[..., int], capsys:
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert call("prepare", demo, "--dimensions", 4) == 2
+
+
+@pytest.mark.parametrize("protocol", ["clean", "paper"])
+def test_by_a_recipe_where_train_looks(
+    protocol: str,
+    demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call("prepare", demo, "--recipe", "acdc-2d", "--protocol", protocol, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    preparation = load_recipe("acdc-2d", protocol).preparation
+    assert Path(answer["folder"]) == default_folder(read_dataset(demo), 2, preparation)
+    plan = Prepared.load(tmp_path / answer["folder"]).plan
+    assert (plan.dimensions, plan.spacing, plan.resampling) == (2, preparation.spacing, preparation.resampling)
+    changed = tmp_path / "mine.yaml"
+    training = "{epochs: 1, steps_per_epoch: 1, batch_size: 1, learning_rate: 0.1}"
+    changed.write_text(f"preset: tiny-3d\npreparation: {{spacing: [9, 4, 4]}}\ntraining: {training}\n")
+    assert call("prepare", demo, "--recipe", changed, "--out", tmp_path / "out", "--dimensions", 3) == 0
+    assert Prepared.load(tmp_path / "out").plan.spacing == (9, 4, 4)
+
+
+def test_the_label_crop_of_a_recipe(demo: Path, tmp_path: Path, call: Callable[..., int]) -> None:
+    recipe = ("--recipe", "bcv-3d", "--protocol", "paper")
+    assert call("prepare", demo, *recipe, "--leak-label-crop", "--out", tmp_path / "out") == 0
+    assert Prepared.load(tmp_path / "out").plan.crop == "label"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--protocol", "paper"), "name it with --recipe"),
+        (("--leak-label-crop",), "name it with --recipe"),
+        (("--recipe", "acdc-2d", "--dimensions", 3), "leave --dimensions 3 out"),
+        (("--recipe", "acdc"), "no recipe 'acdc'"),
+        (("--recipe", "acdc-2d", "--leak-label-crop"), "needs a recipe with label_context"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    arguments: tuple,
+    words: str,
+    demo: Path,
+    tmp_path: Path,
+    call: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call("prepare", demo, "--out", tmp_path / "out", *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_rank_speaks_for_all(

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from utnetv2_fast.data import convert as module
 from utnetv2_fast.data.convert import convert
 from utnetv2_fast.data.dataset import Dataset
-from utnetv2_fast.data.nifti import read_label, read_scan
+from utnetv2_fast.data.nifti import read_scan
 from utnetv2_fast.errors import InputError
 
 
@@ -140,10 +141,12 @@ def test_the_acdc_test_set_is_a_dataset_of_its_own(acdc: Path, tmp_path: Path) -
 # --- other layouts -------------------------------------------------------------------------------------------------
 
 LV_FIRST = {0: 0, 1: 3, 2: 2, 3: 1}  # M&Ms, M&Ms-2, UK Biobank -> RV 1, MYO 2, LV 3
+# The slices of this heart are stacked from right to left, more than in any other direction.
+SHORT_AXIS = np.array([[2, 3, -6, 0], [-3, 6, 2, 0], [-6, -2, -3, 0], [0, 0, 0, 7]]) / 7 * [1.25, 1.5, 9.0, 1.0]
 
 
 @pytest.fixture
-def cine(write_nifti: Callable, make_affine: Callable) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+def cine(write_nifti: Callable) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """cine(image, label, frames, seed) writes a scan and its label map, obliquely, and returns them (i, j, k[, T])."""
 
     def write(image: Path, label: Path, frames: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,10 +154,8 @@ def cine(write_nifti: Callable, make_affine: Callable) -> Callable[..., tuple[np
         shape = (9, 8, 4) if frames is None else (9, 8, 4, frames)
         scan = rng.integers(0, 900, shape).astype(np.int16)
         classes = rng.integers(0, 4, shape).astype(np.uint8)
-        # The slices of this heart are stacked from right to left, more than in any other direction.
-        affine = make_affine((1, 2, 0), (1, -1, -1), (1.25, 1.5, 9.0), (0.3, 0.2, 0.1))
-        write_nifti(image, scan, affine)
-        write_nifti(label, classes, affine)
+        write_nifti(image, scan, SHORT_AXIS)
+        write_nifti(label, classes, SHORT_AXIS)
         return scan, classes
 
     return write
@@ -169,18 +170,16 @@ def write_table(file: Path, rows: list[dict[str, object]]) -> None:
 
 
 def stored(dataset: Dataset, name: str) -> tuple[np.ndarray, np.ndarray, Mapping[str, str], str]:
-    """What was converted: scan and label map (Z, Y, X), metadata, patient."""
+    """What was converted: scan and label map (i, j, k), metadata, patient."""
     case = next(case for case in dataset.cases if case.name == name)
-    scan = read_scan(case.images)
-    label, grid = read_label(case.label)
-    # The stored axes and their spacing, slices last, and nothing of the oblique affine.
-    np.testing.assert_allclose(grid.affine, np.diag([1.25, 1.5, 9.0, 1.0]), atol=1e-5)
-    np.testing.assert_allclose(scan.grid.affine, grid.affine)
-    return scan.image[0], label, case.metadata, case.patient
+    image, label = nib.load(case.images[0]), nib.load(case.label)
+    for file in (image, label):
+        np.testing.assert_allclose(file.affine, SHORT_AXIS, atol=1e-5)
+    return np.asarray(image.dataobj), np.asarray(label.dataobj), case.metadata, case.patient
 
 
 def relabelled(label: np.ndarray) -> np.ndarray:
-    return np.vectorize(LV_FIRST.get)(label.T)
+    return np.vectorize(LV_FIRST.get)(label)
 
 
 @pytest.fixture
@@ -206,7 +205,7 @@ def test_mnms(mnms: tuple[Path, dict], tmp_path: Path) -> None:
     assert (dataset.name, dataset.labels) == ("MnMs", {"background": 0, "RV": 1, "MYO": 2, "LV": 3})
     assert [case.name for case in dataset.cases] == [f"{code}_{phase}" for code in made for phase in ("ED", "ES")]
     image, label, metadata, patient = stored(dataset, "C3D4_ES")
-    np.testing.assert_array_equal(image, made["C3D4"][0][..., 4].T)
+    np.testing.assert_array_equal(image, made["C3D4"][0][..., 4])
     np.testing.assert_array_equal(label, relabelled(made["C3D4"][1][..., 4]))
     expected = {"phase": "ES", "subset": "testing", "vendor": "GE", "centre": "2", "pathology": "HCM"}
     assert (metadata, patient) == (expected, "C3D4")
@@ -216,6 +215,27 @@ def test_mnms(mnms: tuple[Path, dict], tmp_path: Path) -> None:
     next((tmp_path / "mnms/labelsTr").iterdir()).unlink()
     with pytest.raises(InputError, match="exists with other content"):
         convert("mnms", source, tmp_path / "mnms")
+
+
+def test_a_cine_file_is_read_once(mnms: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = module.read_frames
+
+    def read_frames(file: Path, *arguments: object) -> object:
+        read.append(file.name)
+        return original(file, *arguments)
+
+    monkeypatch.setattr(module, "read_frames", read_frames)
+    convert("mnms", mnms[0], tmp_path / "mnms")
+    assert sorted(read) == sorted(f"{code}_sa{part}.nii.gz" for code in mnms[1] for part in ("", "_gt"))
+
+
+def test_label_maps_lie_where_their_scans_do(mnms: tuple[Path, dict], tmp_path: Path, write_nifti: Callable) -> None:
+    """A label map of the same voxels whose header has lost its place."""
+    source, made = mnms
+    write_nifti(source / "Testing/C3D4/C3D4_sa_gt.nii.gz", made["C3D4"][1])
+    _, label, _, _ = stored(convert("mnms", source, tmp_path / "mnms"), "C3D4_ED")
+    np.testing.assert_array_equal(label, relabelled(made["C3D4"][1][..., 0]))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +286,7 @@ def test_mnms2(tmp_path: Path, cine: Callable, write_nifti: Callable) -> None:
     dataset = convert("mnms2", source, tmp_path / "mnms2")
     assert len(dataset.cases) == 6
     image, label, metadata, patient = stored(dataset, "300_ES")
-    np.testing.assert_array_equal(image, made[300, "ES"][0].T)
+    np.testing.assert_array_equal(image, made[300, "ES"][0])
     np.testing.assert_array_equal(label, relabelled(made[300, "ES"][1]))
     assert patient == "300"
     assert metadata == {
@@ -292,10 +312,9 @@ def test_uk_biobank(tmp_path: Path, cine: Callable, write_nifti: Callable) -> No
     }
     image, label = cine(source / "1000002/sa.nii.gz", source / "1000002/label_sa.nii.gz", 10, 5)
     file = source / "1000002/label_sa.nii.gz"
-    affine = read_scan([file], 10).grid.affine
     label[..., [f for f in range(10) if f not in (0, 3, 7)]] = 0
     label[..., 3][label[..., 3] == 1] = 2  # the smallest LV: end-systole
-    write_nifti(file, label, affine)
+    write_nifti(file, label, SHORT_AXIS)
     (source / "1000003").mkdir()
     write_nifti(source / "1000003/sa.nii.gz", image)
 
@@ -307,7 +326,7 @@ def test_uk_biobank(tmp_path: Path, cine: Callable, write_nifti: Callable) -> No
         ("1000002_ES", image[..., 3], label[..., 3]),
     ]:
         got_image, got_label, metadata, patient = stored(dataset, name)
-        np.testing.assert_array_equal(got_image, expected_image.T)
+        np.testing.assert_array_equal(got_image, expected_image)
         np.testing.assert_array_equal(got_label, relabelled(expected_label))
         assert metadata == {"phase": name[-2:], "vendor": "Siemens"}
         assert patient == name[:7]
@@ -316,7 +335,7 @@ def test_uk_biobank(tmp_path: Path, cine: Callable, write_nifti: Callable) -> No
         convert("ukbb", source, tmp_path / "new")
     shutil.rmtree(source / "1000001")
     label[..., 1:] = 0
-    write_nifti(file, label, affine)
+    write_nifti(file, label, SHORT_AXIS)
     with pytest.raises(InputError, match="1 of its frames have labels"):
         convert("ukbb", source, tmp_path / "new")
 

@@ -18,6 +18,7 @@ from utnetv2_fast.data.nifti import (
     Grid,
     grid_difference,
     label_to_native,
+    read_frames,
     read_label,
     read_scan,
     scan_from_array,
@@ -354,3 +355,22 @@ def test_turning_a_scan_does_not_change_its_spacing(
 ) -> None:
     turned = make_affine(spacing=spacing, angles=angles).astype(np.float32).astype(np.float64)
     assert sorted(Grid((4, 5, 6), turned).spacing) == sorted(spacing)
+
+
+def test_frames_are_kept_as_stored_and_only_those_asked_for(
+    tmp_path: Path, make_affine: Callable, write_nifti: Callable
+) -> None:
+    stored = np.random.default_rng(0).integers(-900, 900, (40, 50, 6, 30)).astype(np.int16)
+    file = write_nifti(tmp_path / "cine.nii.gz", stored, make_affine((2, 0, 1), (1, -1, 1)))
+    volumes, grid = read_frames(file)
+    assert volumes.dtype == np.int16
+    np.testing.assert_array_equal(volumes, stored)
+    np.testing.assert_array_equal(grid.affine, nib.load(file).affine)
+    tracemalloc.start()
+    volumes, _ = read_frames(file, [29, 0, 29])
+    largest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(volumes, stored[..., [29, 0, 29]])
+    assert largest < stored.nbytes / 3
+    with pytest.raises(InputError, match=r"cine\.nii\.gz: has 30 frames, but frame 30"):
+        read_frames(file, [0, 30])

@@ -171,7 +171,7 @@ def test_input_size_of_another_dimension() -> None:
 
 
 def test_a_given_spacing_decides_the_axes_too() -> None:
-    """Z stays first where it is the coarsest of the given spacing, or left as it is, whatever the data have."""
+    """Unless slices do: its coarsest number, or the one that is left open, is then the one across them."""
     spacings, shapes = [(1.0, 3.0, 1.5)] * 2, [(40, 30, 50)] * 2
     assert plan_of(spacings, shapes).axes == (1, 0, 2)
     three = plan_of(spacings, shapes, preparation=Preparation(spacing=(5.0, 1.5, 1.5)))
@@ -179,7 +179,7 @@ def test_a_given_spacing_decides_the_axes_too() -> None:
     turned = plan_of(spacings, shapes, preparation=Preparation(spacing=(1.0, 4.0, 2.0)))
     assert (turned.axes, turned.spacing) == ((1, 0, 2), (4.0, 1.0, 2.0))
     two = plan_of(spacings, shapes, 2, preparation=Preparation(spacing=(None, 1.5, 0.75)))
-    assert (two.axes, two.spacing, two.median_shape) == ((0, 1, 2), (None, 1.5, 0.75), (40, 60, 100))
+    assert (two.axes, two.spacing, two.median_shape) == ((1, 0, 2), (None, 1.5, 0.75), (30, 27, 100))
     with pytest.raises(InputError, match=r"\[null, 1.5, 1.5\] is for 2D"):
         plan_of(spacings, shapes, 3, preparation=Preparation(spacing=(None, 1.5, 1.5)))
 
@@ -202,3 +202,40 @@ def test_the_context_of_a_label_crop_is_in_force_only_with_it() -> None:
     assert plan_of([(1, 1, 1)], [(30, 30, 30)], preparation=cropping).label_context == (5, 20, 20)
     with pytest.raises(ValidationError, match="needs label_context"):
         Preparation(crop="label")
+
+
+FEW_SLICES = [(9.0, 1.4, 1.5), (8.0, 1.4, 1.5), (10.0, 1.4, 1.5), (9.0, 1.4, 1.5)]
+
+
+def turned(values: tuple, axis: int) -> tuple:
+    """(D, H, W) as (Z, Y, X) of a scan whose slices lie across `axis`, the others in their order."""
+    return tuple(np.insert(values[1:], axis, values[0]).tolist())
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("ways", [(0, 0, 0, 0), (1, 1, 1, 1), (2, 2, 2, 2), (1, 0, 2, 1), (0, 1, 2, 2)])
+def test_thick_slices_are_measured_whichever_way_they_lie(dimensions: int, ways: tuple) -> None:
+    spacings = [turned(spacing, way) for spacing, way in zip(FEW_SLICES, ways, strict=True)]
+    plan = plan_of(spacings, [turned((10, 200, 180), way) for way in ways], dimensions)
+    alike = plan_of(FEW_SLICES, [(10, 200, 180)] * 4, dimensions)
+    assert plan.slices_first
+    assert plan.model_copy(update={"axes": alike.axes}) == alike
+    assert plan.axes == {0: (0, 1, 2), 1: (1, 0, 2), 2: (2, 0, 1)}[max(sorted(ways), key=ways.count)]
+    for spacing, way in zip(spacings, ways, strict=True):
+        assert plan.axes_of(spacing) == {0: (0, 1, 2), 1: (1, 0, 2), 2: (2, 0, 1)}[way]
+    given = plan_of(spacings, [(10, 10, 10)] * 4, dimensions, preparation=Preparation(spacing=(5.0, 1.25, 1.5)))
+    assert given.spacing[1:] == (1.25, 1.5)
+    assert given.spacing[0] == (None if dimensions == 2 else 5.0)
+
+
+def test_axes_are_the_plans_where_no_slices_stand_out() -> None:
+    thick = plan_of(FEW_SLICES, [(10, 200, 180)] * 4)
+    for spacing in ((1.0, 1.0, 1.0), (0.7, 0.8, 0.8), (1.0, 1.4, 1.0), (1.0, 2.0, 2.0), (9.0, 1.0, 1.0)):
+        assert thick.axes_of(spacing) == (0, 1, 2)
+    # Of data without slices, and of the plan in a run from before scans had axes of their own.
+    even = plan_of([(1.0, 1.0, 1.2), (1.0, 1.0, 1.2), (1.0, 5.0, 1.0)], [(30, 40, 50)] * 3)
+    older = Plan.model_validate(thick.model_dump(exclude={"slices_first"}))
+    assert even.axes_of((1.0, 5.0, 1.0)) == even.axes == (2, 0, 1)
+    assert older.axes_of((1.0, 5.0, 1.0)) == (0, 1, 2)
+    assert not plan_of([(1.0, 1.0, 1.2)], [(30, 40, 50)], 2).slices_first
+    assert not plan_of([(2.5, 1.0, 1.0)], [(30, 40, 50)], 3).slices_first

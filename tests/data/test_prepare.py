@@ -74,6 +74,20 @@ def test_what_is_stored(source: Path, tmp_path: Path, dimensions: int) -> None:
     )
 
 
+def test_oblique_slices_are_stored_whichever_way_they_lie(
+    tmp_path: Path, make_dataset: Callable, short_axis_affines: list[np.ndarray]
+) -> None:
+    """Those that lie otherwise than most have axes of their own."""
+    source = make_dataset(tmp_path / "source", cases=4, shape=(14, 12, 5))
+    for number, affine in enumerate((*short_axis_affines, short_axis_affines[1])):
+        for file in (source / f"imagesTr/CASE{number:02d}_0000.nii.gz", source / f"labelsTr/CASE{number:02d}.nii.gz"):
+            nib.save(nib.Nifti1Image(np.asarray(nib.load(file).dataobj), affine), file)
+    prepared = prepare(read_dataset(source), tmp_path / "out", 2)
+    assert (prepared.plan.axes, prepared.plan.median_shape[0]) == ((1, 0, 2), 5)
+    assert [case.axes for case in prepared.cases] == [(2, 0, 1), None, (0, 1, 2), None]
+    assert all(case.image().shape[1] == len(case.label()) == 5 for case in prepared.cases)
+
+
 def test_many_foreground_voxels_are_sampled_evenly() -> None:
     label = np.zeros((40, 40, 40), np.uint8)
     label[10:] = 1

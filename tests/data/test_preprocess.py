@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from utnetv2_fast.data.fingerprint import IntensityStatistics
@@ -261,3 +262,28 @@ def test_the_label_box_follows_the_axes_of_the_plan() -> None:
     label[8, 9, 10] = 1
     plan = make_plan(axes=(2, 0, 1), crop="label", label_context=(1, 2, 3))
     assert preprocess_image(scan, plan, label)[1].crop == ((9, 12), (6, 11), (6, 13))
+
+
+@pytest.mark.parametrize("spacing", [(None, 1.1, 1.1), (4.5, 1.1, 1.1)])
+def test_a_heart_looks_the_same_whichever_way_it_lies(
+    spacing: tuple, short_axis_affines: list[NDArray[np.float64]]
+) -> None:
+    """But for quarter turns in the plane and the order of the slices: never in a mirror."""
+    image = np.random.default_rng(0).normal(50, 20, (14, 11, 5)).astype(np.float32)
+    label = np.random.default_rng(1).integers(0, 4, image.shape).astype(np.uint8)
+    plan = make_plan(dimensions=2 if spacing[0] is None else 3, spacing=spacing, slices_first=True)
+    found = []
+    for affine in short_axis_affines:
+        scan = scan_from_array(image, affine)
+        prepared, geometry = preprocess_image(scan, plan)
+        canonical = scan_from_array(label, affine).image[0].astype(np.uint8)
+        found.append((prepared, preprocess_label(canonical, geometry, plan)))
+    (first, first_label), *others = found
+    poses = [(turns, step) for turns in range(4) for step in (1, -1)]
+    for other, other_label in others:
+        turned = [np.rot90(other[0], turns, (1, 2))[::step] for turns, step in poses]
+        fits = [part.shape == first.shape[1:] and np.allclose(part, first[0], atol=1e-4) for part in turned]
+        assert sum(fits) == 1
+        turns, step = poses[fits.index(True)]
+        # Where two classes weigh the same, rounding chooses.
+        assert (np.rot90(other_label, turns, (1, 2))[::step] == first_label).mean() > 0.99

@@ -123,6 +123,24 @@ def test_a_voxelwise_network_labels_every_voxel_where_it_lies(
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
+def test_oblique_slices_are_predicted_whichever_way_they_lie(
+    dimensions: int, short_axis_affines: list[NDArray[np.float64]]
+) -> None:
+    """Resampled in their own plane, not across it: the label maps are the same voxel by voxel."""
+    image = structured_image((23, 18, 6))
+    plan = make_plan(dimensions, mm=2.0).model_copy(
+        update={"slices_first": True, "spacing": (None if dimensions == 2 else 4.5, 2.0, 2.0)}
+    )
+    labels = []
+    for affine in short_axis_affines:
+        scan = scan_from_array(image, affine)
+        labels.append(label_to_native(predictor(Threshold(), plan)(scan), scan.grid))
+    assert (labels[0] == threshold_by_hand(image)).mean() > 0.7
+    np.testing.assert_array_equal(labels[1], labels[0])
+    np.testing.assert_array_equal(labels[2], labels[0])
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
 def test_zeros_around_the_body_are_cropped_and_come_back_as_background(dimensions: int) -> None:
     body = structured_image((14, 18, 9))
     image = np.zeros((30, 30, 15), np.int16)

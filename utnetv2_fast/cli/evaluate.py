@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -37,6 +37,9 @@ def evaluate(
         ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="What NSD forgives, in mm.")] = 1.0,
+    missing_class: Annotated[
+        Literal["diagonal", "500mm"], typer.Option(help="The rule for a class that is absent from a label map.")
+    ] = "diagonal",
     subset: Annotated[bool, typer.Option("--subset", help="Leave references without a prediction out.")] = False,
     report: Annotated[
         Path | None, typer.Option(help="An HTML page to write, with pictures of cases.", show_default=False)
@@ -46,13 +49,17 @@ def evaluate(
     """Dice, HD95 and NSD per case and class, on the scans' own grids; or those of all folds of a dataset together.
 
     A class absent from both label maps of a case is not counted there; absent from one of them: Dice 0, NSD 0, and as
-    HD95 the diagonal of the scan. Started by torchrun or srun, the processes share the cases.
+    HD95 the diagonal of the scan. By the rule 500mm, that of the paper's authors, one that only the prediction has is
+    not counted either, and HD95 is at most 500 mm, which is that of a missed class. Runs keep the rule that they were
+    scored by. Started by torchrun or srun, the processes share the cases.
 
     Examples:
 
     utnetv2-fast evaluate predictions/ data/acdc --subset
 
     utnetv2-fast evaluate predictions/ data/acdc --report acdc.html
+
+    utnetv2-fast evaluate predictions/ data/bcv --missing-class 500mm
 
     utnetv2-fast evaluate runs/acdc-fold0 runs/acdc-fold1 runs/acdc-fold2
     """
@@ -64,6 +71,8 @@ def evaluate(
     if runs := {run.path.resolve(): run for folder in folders for run in find_runs(folder)}:
         if report is not None:
             raise InputError("--report needs one folder of label maps; each run has a report.html of its own.")
+        if missing_class != "diagonal":
+            raise InputError("--missing-class needs a folder of label maps; runs are scored already, by their recipe.")
         if ranks.first:
             _gather(list(runs.values()), out, json)
         return
@@ -71,7 +80,14 @@ def evaluate(
         raise InputError("Give a folder of label maps and that of their references, or the folders of finished runs.")
     predictions, references = folders
     evaluation = evaluate_folder(
-        predictions, references, track, tolerance=tolerance, subset=subset, folder=out, ranks=ranks
+        predictions,
+        references,
+        track,
+        tolerance=tolerance,
+        missing_class=missing_class,
+        subset=subset,
+        folder=out,
+        ranks=ranks,
     )
     if not ranks.first:
         return

@@ -11,18 +11,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from utnetv2_fast.data.dataset import Dataset, read_dataset
-from utnetv2_fast.data.layouts import LAYOUTS, Contents, Layout, Volume
-from utnetv2_fast.data.nifti import ENDINGS, read_frames
+from utnetv2_fast.data.layouts import LAYOUTS, Contents, Layout, SourceCase, Volume
+from utnetv2_fast.data.nifti import ENDINGS, Grid, read_frames
 from utnetv2_fast.data.threads import map_in_threads
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.progress import Track, silent
@@ -31,8 +30,8 @@ from utnetv2_fast.progress import Track, silent
 def convert(layout: Layout, source: Path, destination: Path, track: Track = silent) -> Dataset:
     """The dataset in `source` as an nnU-Net raw folder, with `cases.csv`: case, patient and what the source tells.
 
-    Files are copied as they are, or, where `Contents.values` asks for it, written anew: one frame each, labels with
-    the values of this package, the spacing as the only geometry. The destination appears when it is complete; one that
+    Files are copied as they are, or, where `Contents.values` asks for it, written anew: one frame each, label maps with
+    the values of this package and in the place of their scans. The destination appears when it is complete; one that
     holds this conversion already is left as it is. Raises InputError for another layout, files that cannot be read,
     and a destination with other content.
     """
@@ -66,16 +65,16 @@ def convert(layout: Layout, source: Path, destination: Path, track: Track = sile
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
 
-        def write(name: str) -> None:
-            if contents.values is None:
-                shutil.copyfile(volumes[name].file, temporary / name)
-            elif name.startswith("labelsTr"):
-                label, spacing = _frame(volumes[name])
-                _save(temporary / name, _relabelled(volumes[name], label, contents.values), spacing)
-            else:
-                _save(temporary / name, *_frame(volumes[name]))
+        def copy(name: str) -> None:
+            shutil.copyfile(volumes[name].file, temporary / name)
 
-        map_in_threads(write, list(volumes), track, "Converting")
+        def write_anew(cases: Sequence[SourceCase]) -> None:
+            _write_anew(cases, contents.values or {}, temporary)
+
+        if copied:
+            map_in_threads(copy, list(volumes), track, "Converting")
+        else:
+            map_in_threads(write_anew, _by_files(contents.cases), track, "Converting")
     return read_dataset(destination)
 
 
@@ -101,17 +100,32 @@ def _case_table(contents: Contents) -> str:
     return text.getvalue()
 
 
-def _frame(volume: Volume) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
-    """One volume (i, j, k) as it is stored, and the spacing of its axes in mm."""
-    frames, grid = read_frames(volume.file)
-    count = frames.shape[3]
-    if volume.frame is None and count != 1:
-        raise InputError(f"{volume.file}: holds {count} volumes instead of one; check the layout that you named.")
-    if volume.frame is not None and volume.frame >= count:
-        raise InputError(
-            f"{volume.file}: has {count} frames, but frame {volume.frame} (from 0) is wanted; download it again."
-        )
-    return frames[..., volume.frame or 0], np.asarray(voxel_sizes(grid.affine))
+def _by_files(cases: Sequence[SourceCase]) -> list[list[SourceCase]]:
+    """Those that are frames of the same files, together."""
+    groups: dict[tuple[Path, Path], list[SourceCase]] = {}
+    for case in cases:
+        groups.setdefault((case.image.file, case.label.file), []).append(case)
+    return list(groups.values())
+
+
+def _write_anew(cases: Sequence[SourceCase], values: dict[int, int], folder: Path) -> None:
+    """Cases of the same two files, each of which is read once: a cine file is long, and compressed as a whole."""
+    images, grid = _frames([case.image for case in cases])
+    labels, _ = _frames([case.label for case in cases])
+    for index, case in enumerate(cases):
+        label = _relabelled(case.label, labels[..., index], values)
+        _save(folder / f"imagesTr/{case.name}_0000.nii.gz", images[..., index], grid.affine)
+        # Whatever its header says: the sources number the voxels of both alike.
+        _save(folder / f"labelsTr/{case.name}.nii.gz", label, grid.affine)
+
+
+def _frames(volumes: Sequence[Volume]) -> tuple[NDArray[np.generic], Grid]:
+    """Volumes of one file as they are stored, (i, j, k, n), and their grid."""
+    file, frames = volumes[0].file, [volume.frame for volume in volumes if volume.frame is not None]
+    stored, grid = read_frames(file, frames or None)
+    if not frames and stored.shape[3] != 1:
+        raise InputError(f"{file}: holds {stored.shape[3]} volumes instead of one; check the layout that you named.")
+    return stored, grid
 
 
 def _relabelled(volume: Volume, label: NDArray[np.generic], values: dict[int, int]) -> NDArray[np.uint8]:
@@ -129,9 +143,9 @@ def _relabelled(volume: Volume, label: NDArray[np.generic], values: dict[int, in
     return result
 
 
-def _save(file: Path, array: NDArray[np.generic], spacing: NDArray[np.float64]) -> None:
+def _save(file: Path, array: NDArray[np.generic], affine: NDArray[np.float64]) -> None:
     stored = array.astype(np.float32) if array.dtype == np.float64 else array
-    nib.save(nib.Nifti1Image(stored, np.diag([*spacing, 1.0]), dtype=stored.dtype), file)
+    nib.save(nib.Nifti1Image(stored, affine, dtype=stored.dtype), file)
 
 
 def _holds(folder: Path, volumes: dict[str, Volume], texts: dict[str, str], *, compare_sizes: bool) -> bool:

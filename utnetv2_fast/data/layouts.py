@@ -1,9 +1,8 @@
 """Where public datasets keep their scans, label maps and what is known of them: one function per layout.
 
 All cardiac sets are given ACDC's labels, RV 1, MYO 2, LV 3, and the columns `phase` (ED or ES) and `vendor`, so that
-they can be merged into one dataset and their scores split by domain. Their scanners hold short-axis slices at any
-angle, so that no axis of the patient is the slice axis of all of them: what is written anew keeps the stored axes
-(slices last, as in ACDC) and the spacing, and drops the rest of the affine.
+they can be merged into one dataset and their scores split by domain. What is written anew keeps its place in space:
+short-axis slices lie at any angle, and every scan is prepared, and predicted, along axes of its own (`Plan.axes_of`).
 
 The layouts are what the datasets' own pages and public code describe; of the downloads themselves only ACDC's was seen.
 """

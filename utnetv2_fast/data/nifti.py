@@ -151,26 +151,28 @@ def read_remark(file: Path) -> str | None:
     return next((text for text in map(_decoded, texts) if text), None)
 
 
-def read_frames(file: Path) -> tuple[NDArray[np.generic], Grid]:
+def read_frames(file: Path, frames: Sequence[int] | None = None) -> tuple[NDArray[np.generic], Grid]:
     """All volumes of a file as stored, (i, j, k, T), in the type they are stored in or scaled to, and their grid.
 
-    Raises InputError as `read_scan` does, but looks at no value.
+    With `frames`, counted from 0, only those are kept in memory. Raises InputError as `read_scan` does, but looks at no
+    value, and for a frame that the file does not have.
     """
     with _opened(file) as (header, stream):
         grid = _checked_grid(file, header)
-        scaling = header.get_slope_inter()
-        volumes = [
-            np.concatenate(
-                [
-                    apply_read_scaling(chunk, *scaling)
-                    for _, chunk in _chunks(stream, grid.shape, header.get_data_dtype())
-                ],
-                axis=2,
+        count = prod(header.get_data_shape()[3:])
+        wanted = range(count) if frames is None else frames
+        if max(wanted) >= count:
+            raise InputError(
+                f"{file}: has {count} frames, but frame {max(wanted)} (from 0) is wanted; download it again."
             )
-            for _ in range(prod(header.get_data_shape()[3:]))
-        ]
+        volumes: dict[int, NDArray[np.generic]] = {}
+        for frame in range(count):
+            chunks = [chunk for _, chunk in _chunks(stream, grid.shape, header.get_data_dtype())]
+            if frame in wanted:
+                scaling = header.get_slope_inter()
+                volumes[frame] = np.concatenate([apply_read_scaling(chunk, *scaling) for chunk in chunks], axis=2)
         stream.read(1)
-    return np.stack(volumes, axis=-1), grid
+    return np.stack([volumes[frame] for frame in wanted], axis=-1), grid
 
 
 def label_to_native(label: NDArray[np.uint8], grid: Grid) -> NDArray[np.uint8]:

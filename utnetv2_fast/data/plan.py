@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from math import inf, prod, sqrt
 from typing import Literal
 
@@ -15,6 +17,7 @@ from utnetv2_fast.data.resample import ANISOTROPY_THRESHOLD
 from utnetv2_fast.errors import InputError
 
 __all__ = [
+    "Axes",
     "Dimensions",
     "IntensityStatistics",
     "IntensityWindow",
@@ -24,9 +27,11 @@ __all__ = [
     "Preparation",
     "make_plan",
     "plan_patch",
+    "slice_axis",
 ]
 
 Dimensions = Literal[2, 3]
+Axes = tuple[int, int, int]
 Normalisation = Literal["ct", "zscore", "zscore_nonzero", "percentile_98"]
 Resampling = Literal["nnunet", "nearest_across"]
 Crop = Literal["nonzero", "none", "label"]
@@ -59,7 +64,9 @@ class Preparation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     spacing: tuple[PositiveFloat | None, PositiveFloat, PositiveFloat] | None = Field(
-        default=None, description="mm along (Z, Y, X), null along Z where a 2D network leaves slices as they are"
+        default=None,
+        description="mm along (Z, Y, X), where slices are thick across them first; null where a 2D network leaves "
+        "slices as they are",
     )
     normalisation: Literal["nnunet", "percentile_98"] = Field(
         default="nnunet", description="of channels other than CT; percentile_98: clipped to [0, p98], divided by p98"
@@ -83,8 +90,9 @@ class Preparation(BaseModel):
 class Plan(BaseModel):
     """The way from scans to network input, written once per dataset and dimension, and carried by every run.
 
-    `axes` permutes (Z, Y, X) to (D, H, W), the coarsest axis first. `spacing` and `median_shape` (after crop and
-    resampling) are along (D, H, W); in 2D slices keep their distance, so `spacing[0]` is None.
+    `axes` permutes (Z, Y, X) to (D, H, W), the coarsest axis first; with `slices_first` a scan whose slices lie
+    otherwise has axes of its own. `spacing` and `median_shape` (after crop and resampling) are along (D, H, W); in 2D
+    slices keep their distance, so `spacing[0]` is None.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -93,7 +101,8 @@ class Plan(BaseModel):
     dimensions: Dimensions
     labels: dict[str, int]
     channels: tuple[str, ...]
-    axes: tuple[int, int, int]
+    axes: Axes
+    slices_first: bool = False
     spacing: tuple[float | None, float, float]
     median_shape: tuple[int, int, int]
     normalisation: tuple[Normalisation, ...]
@@ -105,6 +114,16 @@ class Plan(BaseModel):
     @property
     def num_classes(self) -> int:
         return len(self.labels)
+
+    def axes_of(self, spacing: Sequence[float]) -> Axes:
+        """The permutation of (Z, Y, X) to (D, H, W) for a scan of this spacing (mm) along (Z, Y, X).
+
+        With `slices_first` the axis across the scan's own slices comes first, where it has thick ones. The two others
+        follow in the order Z, Y, X, which shows a heart from one side whichever way its short-axis slices were stored:
+        its long axis leads to the left, the front and down at once, and H x W along it, from base to apex, whichever
+        of the three directions is nearest. Only quarter turns in the plane remain, and the order of the slices.
+        """
+        return _own_axes(spacing, self.axes) if self.slices_first else self.axes
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Plan:
@@ -140,22 +159,29 @@ def make_plan(
 ) -> Plan:
     """nnU-Net's plan (ExperimentPlanner) with what `preparation` decides otherwise.
 
-    Raises InputError when its spacing leaves Z open for a 3D network.
+    Where slices are thick, every scan is measured along axes of its own. Raises InputError when the given spacing
+    leaves Z open for a 3D network.
     """
     spacings = np.array([case.spacing for case in fingerprint.cases.values()])
     shapes = np.array([case.shape for case in fingerprint.cases.values()])
+    axes = _axes_of_slices(spacings, dimensions)
+    if axes is not None:
+        orders = np.array([_own_axes(spacing, axes) for spacing in spacings.tolist()])
+        spacings, shapes = (np.take_along_axis(values, orders, axis=1) for values in (spacings, shapes))
     target = _target_spacing(spacings, shapes)
     if preparation.spacing is not None:
         z, y, x = preparation.spacing
         if z is None and dimensions == 3:
             raise InputError(f"The spacing [null, {y:g}, {x:g}] is for 2D networks; give it along Z for a 3D one.")
         target = np.array([np.inf if z is None else z, y, x])
-    coarsest = int(np.argmax(target))
-    axes = [coarsest, *(axis for axis in range(3) if axis != coarsest)]
-    spacing = target[axes].tolist()
-    new_shapes = np.rint(spacings / target * shapes)[:, axes]
+        if axes is not None:
+            target = target[list(_leading(int(np.argmax(target))))]
+    order = _leading(int(np.argmax(target))) if axes is None else (0, 1, 2)
+    target, spacings, shapes = target[list(order)], spacings[:, order], shapes[:, order]
+    spacing = target.tolist()
+    new_shapes = np.rint(spacings / target * shapes)
     if dimensions == 2:
-        new_shapes[:, 0] = shapes[:, coarsest]
+        new_shapes[:, 0] = shapes[:, 0]
     cropped_much = np.median([case.relative_size for case in fingerprint.cases.values()]) < 3 / 4
     d, h, w = (max(1, round(size)) for size in np.median(new_shapes, axis=0).tolist())
     by_rule: Normalisation = "zscore_nonzero" if cropped_much else "zscore"
@@ -168,7 +194,8 @@ def make_plan(
         dimensions=dimensions,
         labels=dataset.labels,
         channels=dataset.channels,
-        axes=(axes[0], axes[1], axes[2]),
+        axes=order if axes is None else axes,
+        slices_first=axes is not None,
         spacing=(None if dimensions == 2 else spacing[0], spacing[1], spacing[2]),
         median_shape=(d, h, w),
         normalisation=tuple(normalisation),
@@ -216,6 +243,37 @@ def plan_patch(plan: Plan, input_size: tuple[int, ...]) -> PatchPlan:
         axis = int(np.argmax(np.where(shortenable, padded / median, -1)))
         patch = padded
         patch[axis] -= stride[axis]
+
+
+def slice_axis(spacing: Sequence[float]) -> int | None:
+    """The axis across a scan's slices: the one that is clearly coarser than both others, None where there is none."""
+    *_, second, coarsest = sorted(spacing)
+    return list(spacing).index(coarsest) if coarsest > _COMPARABLE_SPACING * second else None
+
+
+def _axes_of_slices(spacings: NDArray[np.float64], dimensions: Dimensions) -> Axes | None:
+    """The axes (D, H, W) of most scans, if slices decide them: for 2D networks, and where most scans have thick ones.
+
+    spacings (N, 3) along (Z, Y, X); None where all scans keep the same axes.
+    """
+    second, coarsest = np.sort(spacings, axis=1)[:, 1:].T
+    clearly = _COMPARABLE_SPACING if dimensions == 2 else ANISOTROPY_THRESHOLD
+    if np.median(coarsest / second) <= clearly:
+        return None
+    found = Counter(slice_axis(spacing) for spacing in spacings.tolist())
+    return _leading(max((axis for axis in found if axis is not None), key=lambda axis: (found[axis], -axis)))
+
+
+def _own_axes(spacing: Sequence[float], usual: Axes) -> Axes:
+    """Those of a scan with this spacing (Z, Y, X) among others whose axes are `usual`."""
+    axis = slice_axis(spacing)
+    return usual if axis in (None, usual[0]) else _leading(axis)
+
+
+def _leading(axis: int) -> Axes:
+    """`axis` first, the others in their order."""
+    second, third = (other for other in range(3) if other != axis)
+    return axis, second, third
 
 
 def _target_spacing(spacings: NDArray[np.float64], shapes: NDArray[np.intp]) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ from utnetv2_fast.data.fingerprint import (
     save_measurement,
 )
 from utnetv2_fast.data.nifti import read_label, read_scan
-from utnetv2_fast.data.plan import Dimensions, Plan, Preparation, make_plan
+from utnetv2_fast.data.plan import Axes, Dimensions, Plan, Preparation, make_plan
 from utnetv2_fast.data.preprocess import preprocess_image, preprocess_label
 from utnetv2_fast.data.threads import map_in_threads
 from utnetv2_fast.errors import InputError
@@ -54,6 +54,7 @@ class PreparedCase:
     label_file: Path
     foreground_file: Path
     metadata: Mapping[str, str] = field(default_factory=dict, hash=False)  # of `Case`
+    axes: Axes | None = None  # its permutation of (Z, Y, X) to (D, H, W), where that is not the plan's
 
     def image(self) -> NDArray[np.float16]:
         """(C, D, H, W) float16, memory-mapped."""
@@ -92,7 +93,9 @@ class Prepared:
             raise InputError(
                 f"{folder}: holds another version's or a damaged {error.title}; prepare it anew."
             ) from None
-        cases = [_prepared_case(folder, record.name, record.patient, record.metadata) for record in records]
+        cases = [
+            _prepared_case(folder, record.name, record.patient, record.metadata, record.axes) for record in records
+        ]
         for case in cases:
             for file in (case.image_file, case.label_file, case.foreground_file):
                 if not lies_inside(folder, file):
@@ -108,6 +111,7 @@ class _Record(BaseModel):
     name: str
     patient: str
     metadata: dict[str, str]
+    axes: Axes | None = None  # as in `PreparedCase`
     sources: str
     recipe: str
 
@@ -150,17 +154,17 @@ def prepare(
     _refuse_foreign(folder, dataset, dimensions)
     fingerprint = _fingerprint(dataset, folder, track, ranks)
     plan = make_plan(dataset, fingerprint, dimensions, preparation)
-    recipe = _recipe(plan)
-    records = {
-        case.name: _Record(
+    records = {}
+    for case in dataset.cases:
+        axes = plan.axes_of(fingerprint.cases[case.name].spacing)
+        records[case.name] = _Record(
             name=case.name,
             patient=case.patient,
             metadata=dict(case.metadata),
+            axes=None if axes == plan.axes else axes,
             sources=_sources([case]),
-            recipe=recipe,
+            recipe=_recipe(plan, axes),
         )
-        for case in dataset.cases
-    }
     plan_file, locks = folder / "plan.json", folder / ".locks"
 
     def store(case: Case) -> None:
@@ -261,13 +265,16 @@ def _fingerprint(dataset: Dataset, folder: Path, track: Track, ranks: Ranks) -> 
     return fingerprint
 
 
-def _recipe(plan: Plan) -> str:
-    """Digest of what the stored arrays depend on; statistics of channels that are standardised per scan are not."""
+def _recipe(plan: Plan, axes: Axes) -> str:
+    """Digest of what the stored arrays of a case depend on, whose axes (D, H, W) are `axes`.
+
+    Statistics of channels that are standardised per scan are not among it.
+    """
     fixed = [i.model_dump() for i, kind in zip(plan.intensities, plan.normalisation, strict=True) if kind == "ct"]
     rules = [plan.resampling, plan.crop, plan.label_context]
     by_rule = rules == ["nnunet", "nonzero", None]  # as it was before there were others
     return _digest(
-        [_FORMAT, plan.dimensions, plan.axes, plan.spacing, plan.normalisation, fixed, *([] if by_rule else rules)]
+        [_FORMAT, plan.dimensions, axes, plan.spacing, plan.normalisation, fixed, *([] if by_rule else rules)]
     )
 
 
@@ -289,9 +296,11 @@ def _stored(kind: type[Model], file: Path) -> Model | None:
         return None
 
 
-def _prepared_case(folder: Path, name: str, patient: str, metadata: Mapping[str, str]) -> PreparedCase:
+def _prepared_case(
+    folder: Path, name: str, patient: str, metadata: Mapping[str, str], axes: Axes | None
+) -> PreparedCase:
     image, label, foreground = (folder / "cases" / f"{name}.{part}.npy" for part in ("image", "label", "foreground"))
-    return PreparedCase(name, patient, image, label, foreground, metadata)
+    return PreparedCase(name, patient, image, label, foreground, metadata, axes)
 
 
 def _record_file(folder: Path, name: str) -> Path:
@@ -299,7 +308,7 @@ def _record_file(folder: Path, name: str) -> Path:
 
 
 def _remove_case(folder: Path, name: str) -> None:
-    case = _prepared_case(folder, name, patient="", metadata={})
+    case = _prepared_case(folder, name, patient="", metadata={}, axes=None)
     for file in (_record_file(folder, name), case.image_file, case.label_file, case.foreground_file):
         file.unlink(missing_ok=True)
 
@@ -307,7 +316,7 @@ def _remove_case(folder: Path, name: str) -> None:
 def _store_case(case: Case, folder: Path, plan: Plan, record: _Record) -> None:
     if case.label is None:
         raise ValueError(f"case {case.name} has no label map")
-    stored = _prepared_case(folder, case.name, case.patient, case.metadata)
+    stored = _prepared_case(folder, case.name, case.patient, case.metadata, record.axes)
     reference, _ = read_label(case.label)
     image, geometry = preprocess_image(read_scan(case.images, len(plan.channels)), plan, reference)
     label = preprocess_label(reference, geometry, plan)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utnetv2_fast.data.fingerprint import IntensityStatistics, nonzero_box
 from utnetv2_fast.data.nifti import Scan
-from utnetv2_fast.data.plan import Normalisation, Plan
+from utnetv2_fast.data.plan import Axes, Normalisation, Plan
 from utnetv2_fast.data.resample import resample_argmax, resample_image, resample_label, resample_nearest
 from utnetv2_fast.errors import InputError
 
@@ -30,9 +30,13 @@ _HARMLESS = 2**12
 
 @dataclass(frozen=True)
 class Geometry:
-    """What leads back: the scan's canonical shape (Z, Y, X), the crop's (start, stop) and spacing along (D, H, W)."""
+    """What leads back: the scan's canonical shape (Z, Y, X), the permutation of its axes to (D, H, W), the crop.
+
+    The crop's (start, stop) and spacing are along (D, H, W).
+    """
 
     scan_shape: Shape
+    axes: Axes
     crop: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
     cropped_spacing: Spacing
 
@@ -71,17 +75,19 @@ def preprocess_image(
     """
     if len(scan.image) != len(plan.channels):
         raise ValueError(f"a scan of {len(scan.image)} channels for a plan of {len(plan.channels)}")
-    image = scan.image.transpose(0, *(1 + axis for axis in plan.axes))  # (C, D, H, W)
+    axes = plan.axes_of(scan.grid.spacing)
+    image = scan.image.transpose(0, *(1 + axis for axis in axes))  # (C, D, H, W)
     z, y, x = scan.image.shape[1:]
-    depth, height, width = (scan.grid.spacing[axis] for axis in plan.axes)
+    depth, height, width = (scan.grid.spacing[axis] for axis in axes)
     if plan.crop == "nonzero":
         d, h, w = nonzero_box(image)
     elif plan.crop == "label" and label is not None:
-        d, h, w = _label_box(label.transpose(plan.axes), (depth, height, width), plan)
+        d, h, w = _label_box(label.transpose(axes), (depth, height, width), plan)
     else:
         d, h, w = (slice(0, size) for size in image.shape[1:])
     geometry = Geometry(
         scan_shape=(z, y, x),
+        axes=axes,
         crop=((d.start, d.stop), (h.start, h.stop), (w.start, w.stop)),
         cropped_spacing=(depth, height, width),
     )
@@ -98,7 +104,7 @@ def preprocess_image(
 
 def preprocess_label(label: NDArray[np.uint8], geometry: Geometry, plan: Plan) -> NDArray[np.uint8]:
     """The label map (Z, Y, X) of a scan on the grid that `preprocess_image` gave its image: (D, H, W) uint8."""
-    cropped, shape = label.transpose(plan.axes)[geometry.box], target_shape(geometry, plan)
+    cropped, shape = label.transpose(geometry.axes)[geometry.box], target_shape(geometry, plan)
     if plan.resampling == "nearest_across":
         return resample_nearest(cropped, shape)
     return resample_label(cropped, shape, geometry.cropped_spacing, target_spacing(geometry, plan))
@@ -118,7 +124,7 @@ def restore_label(planes: Iterable[Tensor], geometry: Geometry, plan: Plan) -> N
         geometry.cropped_spacing,
     )
     label = np.zeros(geometry.scan_shape, dtype=np.uint8)
-    for out, winner in zip(label.transpose(plan.axes)[geometry.box], winners, strict=True):
+    for out, winner in zip(label.transpose(geometry.axes)[geometry.box], winners, strict=True):
         out[...] = winner.cpu().numpy()
     return label
 

@@ -299,13 +299,22 @@ def evaluate_folder(
     track: Track = silent,
     *,
     tolerance: float = DEFAULT_TOLERANCE,
+    missing_class: MissingClass = "diagonal",
     subset: bool = False,
     folder: Path | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Score every label map CASE.nii.gz or CASE.nii in `predictions`; `folder` and InputErrors as `evaluate_files`."""
     dataset, pairs = match_files(predictions, references, subset=subset)
-    return evaluate_files(pairs, dataset.labels, track, tolerance=tolerance, folder=folder or predictions, ranks=ranks)
+    return evaluate_files(
+        pairs,
+        dataset.labels,
+        track,
+        tolerance=tolerance,
+        missing_class=missing_class,
+        folder=folder or predictions,
+        ranks=ranks,
+    )
 
 
 def _label_files(folder: Path) -> dict[str, Path]:

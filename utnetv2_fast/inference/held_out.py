@@ -63,7 +63,7 @@ def _predict_knowing_label(predictor: Predictor, case: Case, file: Path, grid: S
 
 def _on_own_grid(label: NDArray[np.uint8], geometry: Geometry, plan: Plan) -> tuple[NDArray[np.uint8], Grid]:
     """A label map (D, H, W) as (Z, Y, X), and a grid that has its spacing, along the axes of the world."""
-    back = np.argsort(plan.axes)
+    back = np.argsort(geometry.axes)
     canonical = np.ascontiguousarray(label.transpose(back))
     z, y, x = (target_spacing(geometry, plan)[axis] for axis in back)
     depth, height, width = canonical.shape
