@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import utnetv2_fast
+from utnetv2_fast.cli.attention import attention
 from utnetv2_fast.cli.console import print_json
 from utnetv2_fast.cli.convert import convert
 from utnetv2_fast.cli.doctor import doctor
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, predict, evaluate, prepare, verify, convert, info, doctor):
+for verb in (train, predict, evaluate, prepare, verify, convert, attention, info, doctor):
     app.command()(verb)
 
 
