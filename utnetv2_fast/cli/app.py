@@ -12,6 +12,7 @@ import utnetv2_fast
 from utnetv2_fast.cli.attention import attention
 from utnetv2_fast.cli.console import print_json
 from utnetv2_fast.cli.convert import convert
+from utnetv2_fast.cli.cost import cost
 from utnetv2_fast.cli.doctor import doctor
 from utnetv2_fast.cli.evaluate import evaluate
 from utnetv2_fast.cli.info import info
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, predict, evaluate, prepare, verify, convert, attention, info, doctor):
+for verb in (train, predict, evaluate, prepare, verify, convert, attention, cost, info, doctor):
     app.command()(verb)
 
 
