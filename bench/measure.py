@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import resource
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from utnetv2_fast.memory import keep_freed_memory
+from utnetv2_fast.costs.measure import in_a_process, seconds
+from utnetv2_fast.memory import keep_freed_memory, largest_size
 from utnetv2_fast.ops.extension import load_extension
+
+__all__ = ["Roof", "in_a_process", "largest_size", "machine", "measure_roof", "seconds", "shortest", "table"]
 
 Run = Callable[[], object]
 
@@ -64,14 +62,6 @@ def _commit() -> str:
         return "unknown"
 
 
-def seconds(run: Run, device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def shortest(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict[str, float]:
     """Each run's shortest time of `rounds` rounds in which all take turns, so that drift of the machine meets all.
 
@@ -82,23 +72,6 @@ def shortest(runs: Mapping[str, Run], rounds: int, device: torch.device) -> dict
         for name, run in runs.items():
             best[name] = min(best[name], seconds(run, device))
     return best
-
-
-def largest_size() -> int:
-    """Bytes that this process had in memory at most."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # Linux lets a process inherit ru_maxrss from its parent.
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
-def in_a_process(module: str, function: str, *arguments: object) -> Any:
-    """What that function of a module returns, called in a fresh process."""
-    code = f"import json, {module}; print(json.dumps({module}.{function}(*{arguments!r})))"
-    result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout)
 
 
 @dataclass(frozen=True)

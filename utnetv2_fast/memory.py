@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,3 +37,13 @@ def _peak_resident_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def largest_size() -> int | None:
+    """Bytes that this process had in memory at most, without what it inherited; None where unknown."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return _peak_resident_bytes()
+    # Linux lets a process inherit ru_maxrss from its parent.
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

@@ -10,7 +10,7 @@ import pytest
 
 from utnetv2_fast.evaluation.figures import png
 from utnetv2_fast.evaluation.metrics import Evaluation, Score
-from utnetv2_fast.evaluation.plots import draw_curves, draw_scores
+from utnetv2_fast.evaluation.plots import draw_convergence, draw_curves, draw_scores
 
 
 def records(epochs: int) -> list[dict[str, Any]]:
@@ -65,4 +65,20 @@ def test_every_point_is_inside_the_axes(hd95: float) -> None:
 def test_no_score_at_all_is_a_figure_that_says_so() -> None:
     figure = draw_scores(Evaluation(("a",), 1.0, (Score("case", "a", math.nan, math.nan, math.nan, 0, 0),)))
     assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["in no case"] * 2
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_convergence_has_a_line_per_run_over_its_steps() -> None:
+    runs = {
+        "UTNetV2": [{"step": 50, "loss": 1.0, "dice": 0.5}, {"step": 100, "loss": 0.5, "dice": None}],
+        "ResUNet": [{"step": 80, "loss": 2.0}],
+    }
+    figure = draw_convergence(runs)
+    loss, dice = figure.axes
+    assert [list(line.get_xdata()) for line in loss.lines] == [[50, 100], [80]]
+    assert [list(line.get_ydata()) for line in loss.lines] == [[1.0, 0.5], [2.0]]
+    assert math.isnan(dice.lines[0].get_ydata()[1])
+    assert math.isnan(dice.lines[1].get_ydata()[0])
+    assert loss.get_xlim() == dice.get_xlim()
+    assert [text.get_text() for text in figure.legends[0].texts] == ["UTNetV2", "ResUNet"]
     assert png(figure).startswith(b"\x89PNG")

@@ -10,9 +10,11 @@ import typer
 
 import utnetv2_fast
 from utnetv2_fast.cli.ablate import ablate
+from utnetv2_fast.cli.attention import attention
 from utnetv2_fast.cli.compare import compare
 from utnetv2_fast.cli.console import print_json
 from utnetv2_fast.cli.convert import convert
+from utnetv2_fast.cli.cost import cost
 from utnetv2_fast.cli.curve import curve
 from utnetv2_fast.cli.demo import demo
 from utnetv2_fast.cli.doctor import doctor
@@ -38,7 +40,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, predict, evaluate, prepare, verify, convert, demo, compare, curve, domains, ablate, info, doctor):
+for verb in (
+    *(train, predict, evaluate, prepare, verify, convert, demo),
+    *(compare, curve, domains, ablate, cost, attention, info, doctor),
+):
     app.command()(verb)
 
 

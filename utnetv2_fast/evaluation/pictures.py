@@ -45,7 +45,7 @@ _ENDS = (("S", "I"), ("A", "P"), ("R", "L"))  # of the canonical axes z, y, x: w
 _PLANES = ("axial", "coronal", "sagittal")
 _OVERLAY_OPACITY = 0.55
 _GAP, _TITLE = 0.1, 0.24  # inches between panels, and above each for its title
-_PANEL_TITLE: dict[str, Any] = {"loc": "left", "fontsize": FONT_SIZE, "color": MUTED, "pad": 3}
+PANEL_TITLE: dict[str, Any] = {"loc": "left", "fontsize": FONT_SIZE, "color": MUTED, "pad": 3}
 # Told apart by colour, by the colour-blind, and in grey.
 _REFERENCE_LINE: dict[str, Any] = {"color": "#56B4E9", "lw": 1.5}
 _PREDICTION_LINE: dict[str, Any] = {"color": "#E69F00", "lw": 1.5, "ls": (0, (2.2, 1.2))}
@@ -168,15 +168,15 @@ def draw_case(view: View, labels: Sequence[str], title: str, window: tuple[float
         Line2D([], [], **_PREDICTION_LINE, label="of the prediction"),
     ]
     figure, panels = _lay_out(
-        2, 2, plain(title, 32), view.position, contour_key, _class_handles([view], labels), every_row_named=True
+        2, 2, plain(title, 32), view.position, contour_key, class_handles([view], labels), every_row_named=True
     )
     for axes, name in zip(panels, ("Scan", "Reference", "Prediction", "Contours"), strict=True):
-        _show_scan(axes, view, box, window or _percentile_window(view, box))
-        axes.set_title(name, **_PANEL_TITLE)
+        show_scan(axes, view, box, window or percentile_window(view, box))
+        axes.set_title(name, **PANEL_TITLE)
     scan, reference, prediction, contours = panels
-    _mark_geometry(scan, view, box)
-    _overlay(reference, view.reference, view.spacing)
-    _overlay(prediction, view.prediction, view.spacing)
+    mark_geometry(scan, view, box)
+    overlay_classes(reference, view.reference, view.spacing)
+    overlay_classes(prediction, view.prediction, view.spacing)
     for label, style in ((view.reference, _REFERENCE_LINE), (view.prediction, _PREDICTION_LINE)):
         for line in contour_lines(label, view.spacing):
             contours.plot(*line.T, **style, path_effects=[withStroke(linewidth=2.6, foreground="black", alpha=0.6)])
@@ -198,34 +198,34 @@ def draw_comparison(
     columns = 3
     rows = -(-len(names) // columns)
     figure, panels = _lay_out(
-        rows, columns, plain(title, 40), view.position, _class_handles(shown, labels), every_row_named=True
+        rows, columns, plain(title, 40), view.position, class_handles(shown, labels), every_row_named=True
     )
     for axes, name in zip(panels, names, strict=False):
-        _show_scan(axes, view, box, window or _percentile_window(view, box))
-        axes.set_title(name, **_PANEL_TITLE)
+        show_scan(axes, view, box, window or percentile_window(view, box))
+        axes.set_title(name, **PANEL_TITLE)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
-    _mark_geometry(panels[0], view, box)
+    mark_geometry(panels[0], view, box)
     for axes, label in zip(panels[1:], [view.reference, *(p for _, p in predictions)], strict=False):
-        _overlay(axes, label, view.spacing)
+        overlay_classes(axes, label, view.spacing)
     return figure
 
 
 def draw_patches(views: Sequence[View], labels: Sequence[str], title: str) -> Figure:
     """Scan, reference and prediction of one or more patches, a row each."""
-    figure, panels = _lay_out(len(views), 3, plain(title, 60), "", _class_handles(views, labels), every_row_named=False)
+    figure, panels = _lay_out(len(views), 3, plain(title, 60), "", class_handles(views, labels), every_row_named=False)
     for axes, name in zip(panels, ("Scan", "Reference", "Prediction"), strict=False):
-        axes.set_title(name, **_PANEL_TITLE)
+        axes.set_title(name, **PANEL_TITLE)
     for row, view in enumerate(views):
         scan, reference, prediction = panels[3 * row : 3 * row + 3]
         height, width = np.multiply(view.reference.shape, view.spacing).tolist()
         side = max(height, width)
         box = Box((width - side) / 2, (height - side) / 2, side, side)
         for axes in (scan, reference, prediction):
-            _show_scan(axes, view, box, _percentile_window(view, box))
-        _mark_geometry(scan, view, box)
-        _overlay(reference, view.reference, view.spacing)
-        _overlay(prediction, view.prediction, view.spacing)
+            show_scan(axes, view, box, percentile_window(view, box))
+        mark_geometry(scan, view, box)
+        overlay_classes(reference, view.reference, view.spacing)
+        overlay_classes(prediction, view.prediction, view.spacing)
     return figure
 
 
@@ -255,25 +255,25 @@ def _lay_out(
     return figure, panels
 
 
-def _show_scan(axes: Axes, view: View, box: Box, window: tuple[float, float]) -> None:
+def show_scan(axes: Axes, view: View, box: Box, window: tuple[float, float]) -> None:
     """The grey scan in `box`, one unit of the axes a millimetre."""
     if view.scan is not None:
         low, high = window
         image = view.scan.astype(np.float32)
-        extent = _extent(image.shape, view.spacing)
+        extent = extent_of(image.shape, view.spacing)
         axes.imshow(image, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bicubic")
     axes.set_aspect("equal")
     axes.set_xlim(box.left, box.left + box.width)
     axes.set_ylim(box.top + box.height, box.top)
 
 
-def _overlay(axes: Axes, label: NDArray[np.uint8], spacing: tuple[float, float]) -> None:
+def overlay_classes(axes: Axes, label: NDArray[np.uint8], spacing: tuple[float, float]) -> None:
     """Every class in its colour over the scan, voxel by voxel."""
     colours = np.zeros((256, 4), dtype=np.float32)
     for value in range(1, 256):
         colours[value] = to_rgba(class_colour(value - 1), _OVERLAY_OPACITY)
     limits = axes.get_xlim(), axes.get_ylim()
-    axes.imshow(colours[label], extent=_extent(label.shape, spacing), interpolation="nearest")
+    axes.imshow(colours[label], extent=extent_of(label.shape, spacing), interpolation="nearest")
     axes.set(xlim=limits[0], ylim=limits[1])
 
 
@@ -300,7 +300,7 @@ def contour_lines(label: NDArray[np.uint8], spacing: tuple[float, float]) -> lis
     return [np.array(part) for part in parts if len(part) > 1]
 
 
-def _mark_geometry(axes: Axes, view: View, box: Box) -> None:
+def mark_geometry(axes: Axes, view: View, box: Box) -> None:
     """Where the patient's sides are, and a bar of a round length."""
     ink: dict[str, Any] = {
         "color": "white",
@@ -328,7 +328,7 @@ def _round_length(longest: float) -> float:
     return max(factor * power for factor in (1, 2, 5) if factor * power <= longest)
 
 
-def _class_handles(views: Sequence[View], labels: Sequence[str]) -> list[Patch]:
+def class_handles(views: Sequence[View], labels: Sequence[str]) -> list[Patch]:
     """A swatch per class; of many classes only those that are in view."""
     shown: Sequence[int] = range(len(labels))
     if len(labels) > _MOST_NAMED:
@@ -337,7 +337,7 @@ def _class_handles(views: Sequence[View], labels: Sequence[str]) -> list[Patch]:
     return [Patch(facecolor=class_colour(index), label=plain(labels[index])) for index in shown]
 
 
-def _percentile_window(view: View, box: Box) -> tuple[float, float]:
+def percentile_window(view: View, box: Box) -> tuple[float, float]:
     """What becomes black and what white in `box`: the 1st and the 99.5th percentile of it."""
     if view.scan is None:
         return 0.0, 1.0
@@ -349,6 +349,6 @@ def _percentile_window(view: View, box: Box) -> tuple[float, float]:
     return low, high if high > low else low + 1
 
 
-def _extent(shape: Sequence[int], spacing: tuple[float, float]) -> tuple[float, float, float, float]:
+def extent_of(shape: Sequence[int], spacing: tuple[float, float]) -> tuple[float, float, float, float]:
     """(left, right, bottom, top) of an image in mm from its upper left corner."""
     return 0, shape[1] * spacing[1], shape[0] * spacing[0], 0

@@ -83,6 +83,34 @@ def draw_curves(records: Sequence[Mapping[str, Any]], labels: Sequence[str], epo
     return figure
 
 
+def draw_convergence(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Loss above Dice over the steps of several trainings (paper, Fig. 4 B): {name: records of `metrics.jsonl`}."""
+    styles: list[dict[str, Any]] = [
+        {"color": class_colour(index), "ls": "-" if index < 7 else (0, (4, 1.5)), "lw": 1.5}
+        for index in range(len(runs))
+    ]
+    handles = [Line2D([], [], **style, label=plain(name)) for style, name in zip(styles, runs, strict=True)]
+    bottom = 0.45 + legend_height(handles)
+    panel, between = 1.75, 0.3
+    figure = new_figure(bottom + 2 * panel + between + 0.15)
+    width = WIDTH - _LEFT - _RIGHT
+    loss = add_axes(figure, _LEFT, bottom + panel + between, width, panel)
+    dice = add_axes(figure, _LEFT, bottom, width, panel)
+    for style, records in zip(styles, runs.values(), strict=True):
+        steps = [record["step"] for record in records]
+        marker = "o" if len(steps) <= _MOST_MARKED else ""
+        for axes, name in ((loss, "loss"), (dice, "dice")):
+            axes.plot(steps, [_number(record.get(name)) for record in records], **style, marker=marker, ms=3)
+    loss.tick_params(labelbottom=False)
+    label_axes(loss, "", "training loss")
+    dice.set_ylim(0, 1.03)
+    label_axes(dice, "step", "Dice, validation patches")
+    dice.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    loss.sharex(dice)
+    legend_below(figure, handles)
+    return figure
+
+
 def draw_scores(evaluation: Evaluation) -> Figure:
     """Dice and HD95 of every case: a row of points per class, with a stroke at their mean."""
     row, between, bottom, top = 0.4, 0.6, 0.5, 0.1

@@ -208,7 +208,7 @@ def predict_files(
     written, problems = [], []
     for case in track([case for case in cases if targets[case.name] not in kept], "Predicting"):
         try:
-            image, geometry, grid = _read_and_preprocess(case, predictor.plan)
+            image, geometry, grid = read_and_preprocess(case, predictor.plan)
         except InputError as problem:
             problems.append(str(problem))
             continue
@@ -220,7 +220,7 @@ def predict_files(
     return written, kept
 
 
-def _read_and_preprocess(case: Case, plan: Plan) -> tuple[NDArray[np.float32], Geometry, Grid]:
+def read_and_preprocess(case: Case, plan: Plan) -> tuple[NDArray[np.float32], Geometry, Grid]:
     """The network's input, and what leads back; the scan itself is not held any longer."""
     scan = _read(case.images, plan)
     return *preprocess_image(scan, plan), scan.grid

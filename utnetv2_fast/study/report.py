@@ -15,6 +15,7 @@ from utnetv2_fast.data.nifti import read_label
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.evaluation.figures import png, write_png
 from utnetv2_fast.evaluation.pictures import CT_WINDOW, draw_comparison, take_view, telling_slice
+from utnetv2_fast.evaluation.plots import draw_convergence
 from utnetv2_fast.evaluation.report import data_uri, is_ct, rank_cases, read_first_channel, render_template
 from utnetv2_fast.evaluation.tables import MISSING_CLASS_RULES
 from utnetv2_fast.files import write_text_atomically
@@ -54,6 +55,11 @@ def compared(results: Sequence[Result]) -> Outcome:
     if len(shares) > 1:
         tables = curve_tables(results) + tables
         figures["curve"] = (draw_curve(results), "Mean Dice against the share of the patients that was trained on.")
+    one_each = {title_of(name): of_network(all_data, name)[0].run.read_metrics() for name in networks_of(all_data)}
+    figures["convergence"] = (
+        draw_convergence(one_each),
+        "Training loss and Dice on validation patches, one training each.",
+    )
     return Outcome("Networks compared", tables, verdict(results), figures, rank_cases(first.evaluation))
 
 

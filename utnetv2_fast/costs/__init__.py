@@ -1,0 +1,1 @@
+"""What networks and operators cost: parameters, operations, time and memory, measured on this machine."""
