@@ -8,7 +8,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "numpy", "scipy", "nibabel", "matplotlib", "pydantic", "jinja2", "triton", "utnetv2_fast._C")
-OPTIONAL = ("matplotlib", "triton", "utnetv2_fast._C")
+OPTIONAL = ("matplotlib", "triton", "monai", "einops", "utnetv2_fast._C")
 
 
 def run_fresh(code: str) -> None:

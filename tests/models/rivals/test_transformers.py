@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+from utnetv2_fast.errors import InputError
 from utnetv2_fast.models import NETWORKS, PRESETS, SegmentationNetwork, Task, build_network, configure_network
 from utnetv2_fast.models.networks import count_parameters
 from utnetv2_fast.models.rivals.unetr import UNETRConfig
@@ -108,3 +111,10 @@ def test_unetr_takes_patches_of_any_size_and_nothing_larger(patch: tuple[int, ..
 def test_tokens_of_vt_unet_are_as_thick_as_the_data() -> None:
     assert NETWORKS["vt-unet"].configure(task("acdc-3d"), 1).patch == (1, 4, 4)
     assert NETWORKS["vt-unet"].configure(task("lits-3d"), 1).patch == (4, 4, 4)
+
+
+@pytest.mark.parametrize("missing", ["monai.networks.nets", "einops"])
+def test_without_monai_unetr_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(InputError, match=r'pip install "utnetv2-fast\[rivals\]"'):
+        small("unetr", 3)

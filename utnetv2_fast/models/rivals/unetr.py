@@ -72,8 +72,7 @@ class UNETR(SegmentationNetwork[UNETRConfig]):
             block.norm_cross_attn = nn.Identity()
 
     def forward_padded(self, x: Tensor) -> Tensor:
-        # Without strides of channels-last, in which MONAI's views of token maps fail.
-        return self.network(x.contiguous())
+        return self.network(x)
 
 
 def _monai_unetr() -> Any:
