@@ -17,7 +17,10 @@ from utnetv2_fast.ops.dispatch import OPERATORS
 from utnetv2_fast.ops.extension import load_extension
 from utnetv2_fast.ops.self_check import EXAMPLES
 
-VERBS = ["train", "predict", "evaluate", "prepare", "verify", "convert", "attention", "cost", "info", "doctor"]
+VERBS = [
+    *("train", "predict", "evaluate", "prepare", "verify", "convert", "demo"),
+    *("compare", "curve", "domains", "ablate", "cost", "attention", "info", "doctor"),
+]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
