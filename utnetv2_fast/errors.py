@@ -12,6 +12,10 @@ class RunError(Exception):
     """The work itself failed (a loss that is not finite, say). One sentence; the command line exits with code 1."""
 
 
+class DivergedError(RunError):
+    """A training whose loss or gradient is no finite number any more. The same training would come to it again."""
+
+
 class Stopped(Exception):  # noqa: N818 (no failure)
     """The work was asked to stop, and did so where it can go on: `where` is a sentence, `go_on` the command for it.
 

@@ -29,7 +29,7 @@ from utnetv2_fast.evaluation.tables import summarise, write_tables
 from utnetv2_fast.files import write_text_atomically
 from utnetv2_fast.inference.held_out import predict_held_out, scored_files
 from utnetv2_fast.inference.predict import Predictor
-from utnetv2_fast.memory import peak_memory
+from utnetv2_fast.memory import forget_peak_memory, peak_memory
 from utnetv2_fast.models import Preset, Task, check_pretrained, configure_network, get_preset
 from utnetv2_fast.progress import Track, silent
 from utnetv2_fast.ranks import ALONE, Ranks
@@ -186,6 +186,7 @@ def run_fold(
 
     Raises InputError when the prepared data are not those the run was configured for, and what `train` raises.
     """
+    forget_peak_memory(device)  # of an earlier fold
     config = run.config
     if prepared.plan != config.plan:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,24 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory(device: torch.device) -> dict[str, int | None]:
-    """The most bytes that this process has taken so far, of the machine's memory and of a GPU's; None where unknown."""
+    """The most bytes that this process has taken, of the machine's memory and of a GPU's; None where unknown.
+
+    So far, or since `forget_peak_memory`.
+    """
     import torch
 
     gpu = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-    return {"peak_memory_bytes": _peak_resident_bytes(), "peak_gpu_memory_bytes": gpu}
+    return {"peak_memory_bytes": largest_size(), "peak_gpu_memory_bytes": gpu}
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` speak of what follows, as far as the system can: the machine's memory on Linux, a GPU's."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_resident_bytes() -> int | None:

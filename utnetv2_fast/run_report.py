@@ -77,7 +77,7 @@ def _report(run: RunFolder, training: Training) -> Report:
     config = run.config
     return Report(
         title=run.path.resolve().name,
-        subtitle=f"{config.plan.dataset}: {config.preset}, fold {config.fold}, "
+        subtitle=f"{config.plan.dataset}: {_network(config)}, fold {config.fold}, seed {config.training.seed}, "
         f"{len(config.train_cases)} scans trained on, {len(config.held_out_cases)} held out",
         protocol=config.protocol,
         leaks=config.leaks,
@@ -113,7 +113,7 @@ def _settings(config: RunConfig) -> dict[str, str]:
         "Dataset": config.data,
         "Classes": ", ".join(_classes(config)),
         "Channels": ", ".join(plan.channels),
-        "Network": config.preset if config.network == "utnetv2" else f"{config.network}, in place of {config.preset}",
+        "Network": _network(config),
         "Weights at the start": config.pretrained or "random",
         "Patch": " × ".join(map(str, config.patch_size)) + " voxels",  # noqa: RUF001
         "Spacing": f"{spacing} mm" + (", slices as they are" if plan.dimensions == 2 else ""),
@@ -124,6 +124,10 @@ def _settings(config: RunConfig) -> dict[str, str]:
         "Precision": training.precision,
         "Seed": str(training.seed),
     }
+
+
+def _network(config: RunConfig) -> str:
+    return config.preset if config.network == "utnetv2" else f"{config.network}, in place of {config.preset}"
 
 
 def _classes(config: RunConfig) -> list[str]:

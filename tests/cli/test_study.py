@@ -6,10 +6,12 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from utnetv2_fast.data.phantom import write_phantom
+from utnetv2_fast.errors import DivergedError
 from utnetv2_fast.evaluation.tables import read_tables
 from utnetv2_fast.study import folder as study_folder
 from utnetv2_fast.study.folder import StudyFolder
@@ -48,8 +50,7 @@ def test_a_comparison_goes_on_takes_more_and_is_split_by_domain(
     assert call(*common, "--models", "resunet,utnetv2") == 0
     assert weights.stat().st_mtime_ns == made
     shown = json.loads(capsys.readouterr().out)
-    assert [row["network"] for row in shown["tables"]["All classes"]] == ["ResUNet", "UTNetV2"]
-    assert shown["trials"] == 2
+    assert [entry["network"] for entry in shown["results"]] == ["resunet", "utnetv2"]
     assert len(shown["sentences"]) == 2  # who leads, by Dice and by HD95
     lines = rows(place / "study" / "trials.csv")
     assert {(line["network"], line["class"]) for line in lines} == {
@@ -59,17 +60,26 @@ def test_a_comparison_goes_on_takes_more_and_is_split_by_domain(
     told = {line["class"]: float(line["dice"]) for line in lines if line["network"] == "utnetv2"}
     assert told == {label: pytest.approx(evaluation.summary(label, "dice").mean, rel=1e-5) for label in told}
     assert {case[:10] for case in evaluation.cases} == {"patient003", "patient004"}
+    everything = next(entry for entry in shown["results"] if entry["network"] == "utnetv2")
+    assert everything["dice"]["mean"]["mean"] == pytest.approx(evaluation.mean("dice"), rel=1e-5)
     page = (place / "study" / "report.html").read_text()
     assert len(list((place / "study" / "pictures").glob("*.png"))) == 3
     assert page.count("data:image/png") == 4  # and the convergence
     assert str(place) not in (place / "study" / "tables.md").read_text()
 
     assert call("domains", "study", "--by", "vendor", "--json") == 0
-    by_vendor = json.loads(capsys.readouterr().out)["tables"]["Dice (%)"]
-    assert list(by_vendor[0]) == ["network", "C (unseen, 2 scans)", "D (unseen, 2 scans)"]
+    by_vendor = json.loads(capsys.readouterr().out)["results"]
+    assert [(entry["vendor"], entry["seen"], entry["scans"]) for entry in by_vendor[::2]] == [
+        ("C", False, 2),
+        ("D", False, 2),
+    ]
+    assert (
+        "| network | C (unseen, 2 scans) | D (unseen, 2 scans) |"
+        in (place / "study" / "domains-vendor" / "tables.md").read_text()
+    )
     assert (place / "study" / "domains-vendor" / "domains.png").stat().st_size > 1000
     assert call("domains", "study", "--by", "phase", "--json") == 0
-    assert "ED (seen, 2 scans)" in json.loads(capsys.readouterr().out)["tables"]["Dice (%)"][0]
+    assert all(entry["seen"] for entry in json.loads(capsys.readouterr().out)["results"])
 
     assert call(*common, "--models", "utnetv2", "--epochs", 2) == 2
     assert "begun with other settings (recipe)" in capsys.readouterr().err
@@ -103,6 +113,46 @@ def test_an_ablation_by_minutes_times_every_variant_first(
     assert "identity for B-MHA" in capsys.readouterr().out
 
 
+def test_a_training_that_fails_is_named_and_the_others_go_on(
+    call: Call, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A case of a domain with a name that is a path is shown without leaving the folder."""
+    table = place / "demo" / "cases.csv"
+    table.write_text(table.read_text().replace(",C,", ",../../C [b],"))
+    step = loop._step
+
+    def fail(state: Any, network: Any, *arguments: Any) -> float:
+        if type(state.model).__name__ == "HybridUNet":
+            raise DivergedError("Step 0: the loss (nan) is not finite.")
+        return step(state, network, *arguments)
+
+    monkeypatch.setattr(loop, "_step", fail)
+    arguments = (
+        "compare",
+        "--data",
+        "demo",
+        "--preset",
+        "tiny-2d",
+        "--models",
+        "resunet,utnetv2",
+        *SHORT,
+        "--out",
+        "s",
+    )
+    assert call(*arguments) == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 failed. Failed: resunet, seed 0, fold 0: Step 0: the loss (nan)" in captured.err
+    assert "UTNetV2" in captured.out
+    monkeypatch.setattr(loop, "_step", step)
+    assert call(*arguments) == 1  # the same would come of it
+    (place / "s" / "resunet" / "seed-0" / "fold-0" / "failed.txt").unlink()
+    assert call(*arguments) == 0
+    assert call("domains", "s") == 0
+    assert "../../C [b] (unseen, 2 scans)" in (place / "s" / "domains-vendor" / "tables.md").read_text()
+    pictures = {file.name for file in (place / "s" / "domains-vendor" / "pictures").iterdir()}
+    assert pictures == {"0-vendor-C-b-.png", "1-vendor-D.png"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -110,7 +160,10 @@ def test_an_ablation_by_minutes_times_every_variant_first(
         (("compare", "--models", ","), "names nothing"),
         (("compare", "--folds", "x"), "--folds x"),
         (("compare", "--folds", "7"), "no fold 7"),
-        (("compare", "--protocol", "loose"), "clean or paper"),
+        (("compare", "--minutes", "1", "--steps-per-epoch", "2"), "leave --steps-per-epoch out"),
+        (("compare", "--models", "swinunet-pretrained"), "--pretrained swinunet=FILE"),
+        (("compare", "--models", "unet-pretrained", "--pretrained", "unet=a.pth"), "a.pth"),
+        (("compare", "--pretrained", "a.pth"), "--pretrained a.pth"),
         (("compare", "--held-out", "vendor"), "--held-out vendor"),
         (("compare", "--held-out", "vendor=Z"), "None of the 4"),
         (("curve", "--percent", "0,10"), "--percent 0,10"),

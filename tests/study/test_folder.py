@@ -20,14 +20,32 @@ def test_what_is_written_is_read_again(study: Study, tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path)
     folder.begin(study)
     assert folder.read() == study
-    folder.begin(study)
+
+
+def begin_a_trial(folder: StudyFolder) -> None:
+    run = folder.run(Trial("utnetv2", 0, 0))
+    run.path.mkdir(parents=True)
+    run.config_file.touch()
+    run.environment_file.touch()
 
 
 def test_other_settings_are_refused_by_name(study: Study, tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path)
     folder.begin(study)
+    folder.begin(study.model_copy(update={"minutes": 1}))  # nothing is lost yet
+    folder.begin(study)
+    begin_a_trial(folder)
+    folder.begin(study)
     with pytest.raises(InputError, match=r"other settings \(recipe, minutes\); give those"):
         folder.begin(Study(data="data", prepared="prepared", recipe=recipe_for_preset("tiny-3d"), minutes=3))
+
+
+def test_weights_to_begin_with_can_be_added(study: Study, tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    folder.begin(study.model_copy(update={"pretrained": {"swinunet": "a"}}))
+    begin_a_trial(folder)
+    folder.begin(study.model_copy(update={"pretrained": {"transunet": "b"}}))
+    assert folder.read().pretrained == {"swinunet": "a", "transunet": "b"}
 
 
 @pytest.mark.parametrize("content", ["", "data: [1", "data: a\nextra: 1\n", "- 1"])
@@ -40,8 +58,8 @@ def test_a_damaged_study_is_named(content: str, tmp_path: Path) -> None:
 def test_budgets_are_kept_and_a_damaged_one_named(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path)
     assert folder.budget("utnetv2") is None
-    folder.write_budget("utnetv2", Budget(seconds_per_step=0.5, steps_per_epoch=20))
-    assert folder.budget("utnetv2") == Budget(seconds_per_step=0.5, steps_per_epoch=20)
+    folder.write_budget("utnetv2", Budget(device="cpu", threads=1, seconds_per_step=0.5, steps_per_epoch=20))
+    assert folder.budget("utnetv2") == Budget(device="cpu", threads=1, seconds_per_step=0.5, steps_per_epoch=20)
     folder.budget_file("utnetv2").write_text("{}")
     with pytest.raises(InputError, match="budget-utnetv2"):
         folder.budget("utnetv2")

@@ -53,24 +53,4 @@ def ablate(
     groups = study.names(group)
     if unknown := next((name for name in groups if name not in ABLATIONS), None):
         raise InputError(f"There is no group {unknown!r}; choose of {', '.join(ABLATIONS)}.")
-    results = study.carry_out(
-        context,
-        out=out,
-        data=data,
-        networks=list(dict.fromkeys(network for name in groups for network in ABLATIONS[name])),
-        preset=preset,
-        recipe=recipe,
-        protocol=protocol,
-        folds=folds,
-        seeds=seeds,
-        shares=(1.0,),
-        minutes=minutes,
-        held_out=held_out,
-        prepared=prepared,
-        device=device,
-        changes={"epochs": epochs, "steps_per_epoch": steps_per_epoch, "batch_size": batch_size},
-    )
-    if results:
-        from utnetv2_fast.study.report import compared
-
-        study.present(compared(results), results, out, json=json)
+    study.carry_out(context, list(dict.fromkeys(network for name in groups for network in ABLATIONS[name])))

@@ -13,6 +13,7 @@ from utnetv2_fast.cli.console import Json
 def compare(
     context: typer.Context,
     models: study.Models = "utnetv2,resunet",
+    pretrained: study.Pretrained = None,
     data: study.Data = None,
     preset: study.PresetName = None,
     recipe: study.RecipeName = None,
@@ -46,24 +47,4 @@ def compare(
 
     torchrun --nproc-per-node 2 -m utnetv2_fast compare --data data/acdc --folds all
     """
-    results = study.carry_out(
-        context,
-        out=out,
-        data=data,
-        networks=study.names(models),
-        preset=preset,
-        recipe=recipe,
-        protocol=protocol,
-        folds=folds,
-        seeds=seeds,
-        shares=(1.0,),
-        minutes=minutes,
-        held_out=held_out,
-        prepared=prepared,
-        device=device,
-        changes={"epochs": epochs, "steps_per_epoch": steps_per_epoch, "batch_size": batch_size},
-    )
-    if results:
-        from utnetv2_fast.study.report import compared
-
-        study.present(compared(results), results, out, json=json)
+    study.carry_out(context, study.names(models))

@@ -16,6 +16,7 @@ def curve(
     context: typer.Context,
     models: study.Models = "utnetv2,resunet",
     percent: Annotated[str, typer.Option(help="Shares of the patients to train on.")] = "5,10,40,70,100",
+    pretrained: study.Pretrained = None,
     data: study.Data = None,
     preset: study.PresetName = None,
     recipe: study.RecipeName = None,
@@ -43,27 +44,7 @@ def curve(
 
     utnetv2-fast curve --data data/acdc --preset acdc-2d --models utnetv2,resunet,swinunet --percent 10,100
     """
-    results = study.carry_out(
-        context,
-        out=out,
-        data=data,
-        networks=study.names(models),
-        preset=preset,
-        recipe=recipe,
-        protocol=protocol,
-        folds=folds,
-        seeds=seeds,
-        shares=_shares(percent),
-        minutes=minutes,
-        held_out=held_out,
-        prepared=prepared,
-        device=device,
-        changes={"epochs": epochs, "steps_per_epoch": steps_per_epoch, "batch_size": batch_size},
-    )
-    if results:
-        from utnetv2_fast.study.report import compared
-
-        study.present(compared(results), results, out, json=json)
+    study.carry_out(context, study.names(models), _shares(percent))
 
 
 def _shares(percent: str) -> list[float]:

@@ -31,4 +31,4 @@ def demo(
     if json:
         print_json({"folder": str(folder), "cases": len(dataset.cases)})
         return
-    console.print(f"{folder}: {len(dataset.cases)} scans of {patients} patients.", highlight=False)
+    console.print(f"{folder}: {len(dataset.cases)} scans of {patients} patients.", highlight=False, markup=False)

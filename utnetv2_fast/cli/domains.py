@@ -37,12 +37,13 @@ def domains(
     """
     from utnetv2_fast.study.folder import StudyFolder
     from utnetv2_fast.study.report import split_by
-    from utnetv2_fast.study.results import read_results, split_into_domains
+    from utnetv2_fast.study.results import read_results
     from utnetv2_fast.training.run_folder import find_runs
 
     runs = [run for folder in folders for run in (find_runs(folder) or StudyFolder(folder).runs())]
     results = read_results(runs)
     if not results:
         raise InputError(f"{folders[0]}: holds no finished run; name the folder of a study or of runs.")
-    found = split_into_domains(results, by, data)
-    study.present(split_by(results, found, by), results, out or folders[0] / f"domains-{by}", json=json, data=data)
+    if out is None and not by.isidentifier():
+        raise InputError(f"--by {by}: cannot be part of a folder's name; give --out too.")
+    study.present(split_by(results, by, data), results, out or folders[0] / f"domains-{by}", json=json)

@@ -297,6 +297,8 @@ def _read_patients(file: Path, names: Collection[str]) -> tuple[dict[str, tuple[
         case, patient = row.pop("case", None), row.pop("patient", None)
         if not case or not patient or None in row or None in row.values():
             problems.append(f"{file}: line {number} lacks a case, a patient or a column; fill in one value per column.")
+        elif not all(value.isprintable() for value in (patient, *row.values())):
+            problems.append(f"{file}: line {number} has a character that cannot be shown; write plain text.")
         elif case not in names:
             problems.append(f"{file}: line {number} names the case {case}, which the dataset has not; remove it.")
         elif case in patients:

@@ -129,9 +129,7 @@ def take_patients(names: Sequence[str], patients: Mapping[str, str], share: floa
 
     `patients` is {case: patient}. A smaller share is a part of every larger one.
     """
-    people = _patients({name: patients[name] for name in names}) if share < 1 else []
-    if not people:
-        return list(names)
+    people = sorted({patients[name] for name in names})
     shuffled = np.random.default_rng(seed).permutation(people)
     taken = set(shuffled[: max(1, round(share * len(people)))].tolist())
     return [name for name in names if patients[name] in taken]

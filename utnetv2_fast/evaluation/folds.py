@@ -19,7 +19,7 @@ def pool_folds(folds: Mapping[Path, Evaluation]) -> Evaluation:
     """
     (first_path, first), *others = folds.items()
     for path, fold in others:
-        if _rules(fold) != _rules(first):
+        if rules_of(fold) != rules_of(first):
             raise InputError(
                 f"{path}: its classes, NSD tolerance, protocol or leaks are not those of {first_path}; name folds of "
                 "one dataset that were made alike."
@@ -36,8 +36,8 @@ def pool_folds(folds: Mapping[Path, Evaluation]) -> Evaluation:
     return replace(first, scores=scores, confusion=tuple(tuple(row) for row in total))
 
 
-def _rules(fold: Evaluation) -> Evaluation:
-    """What must be alike in all folds."""
+def rules_of(fold: Evaluation) -> Evaluation:
+    """What must be alike in all evaluations that are put together."""
     return replace(fold, scores=(), confusion=())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from utnetv2_fast.files import read_bounded, write_text_atomically
 from utnetv2_fast.training import Recipe, RunFolder
 
 _LARGEST_FILE = 2**20  # bytes
+PRETRAINED = "-pretrained"
+"""What the name of a network ends in that begins with published weights: the paper's rows with a dagger."""
 
 
 class Trial(NamedTuple):
@@ -27,14 +29,15 @@ class Trial(NamedTuple):
     share: float = 1.0
 
     def __str__(self) -> str:
-        part = "" if self.share == 1 else f", {self.share:.0%} of the patients"
+        part = "" if self.share == 1 else f", {100 * self.share:g}% of the patients"
         return f"{self.network}, seed {self.seed}, fold {self.fold}{part}"
 
 
 class Study(BaseModel):
     """`study.yaml`: what all trials have in common. Unknown fields are refused.
 
-    `minutes` is how long each network is trained on this machine; None leaves the steps to the recipe.
+    `minutes` is for how long each network takes training steps; None leaves their number to the recipe. `pretrained`
+    holds {network: file} of weights to begin with.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,13 +46,16 @@ class Study(BaseModel):
     prepared: str
     recipe: Recipe
     minutes: PositiveFloat | None = None
+    pretrained: Mapping[str, str] = {}
 
 
 class Budget(BaseModel):
-    """`budget-NETWORK.json`: what a training step took here, and the steps per epoch that came of it."""
+    """`budget-NETWORK.json`: what a training step took, where, and the steps per epoch that came of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    device: str
+    threads: PositiveInt
     seconds_per_step: PositiveFloat
     steps_per_epoch: PositiveInt
 
@@ -71,6 +77,10 @@ class StudyFolder:
         part = () if trial.share == 1 else (f"patients-{100 * trial.share:g}",)
         return RunFolder(self.path.joinpath(trial.network, *part, f"seed-{trial.seed}", f"fold-{trial.fold}"))
 
+    def failure_file(self, trial: Trial) -> Path:
+        """Holds why the trial cannot come to an end; deleted, it is tried again."""
+        return self.run(trial).path / "failed.txt"
+
     def runs(self) -> list[RunFolder]:
         """Of all trials that were set up, in the order of their paths."""
         patterns = ("*/seed-*/fold-*/config.yaml", "*/patients-*/seed-*/fold-*/config.yaml")
@@ -87,22 +97,27 @@ class StudyFolder:
             raise InputError(f"{self.study_file}: damaged or of another version; begin a new study.") from None
 
     def begin(self, study: Study) -> None:
-        """Write what the trials have in common; where that is there already, it must be the same.
+        """Write what the trials have in common; once one of them has begun it must be the same.
 
         So a study that was stopped goes on by the same command, and networks, seeds, folds and shares can be added.
         Raises InputError naming what differs.
         """
-        if not self.study_file.exists():
-            text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120)
-            write_text_atomically(self.study_file, text)
-            return
-        there = self.read()
-        if there != study:
-            differing = [name for name in Study.model_fields if getattr(there, name) != getattr(study, name)]
-            raise InputError(
-                f"{self.study_file}: was begun with other settings ({', '.join(differing)}); give those, or another "
-                "--out."
-            )
+        if self.study_file.exists() and any(run.begun for run in self.runs()):
+            there = self.read()
+            # Weights to begin with come with the networks that are added.
+            differing = [
+                name
+                for name in Study.model_fields
+                if name != "pretrained" and getattr(there, name) != getattr(study, name)
+            ]
+            if differing:
+                raise InputError(
+                    f"{self.study_file}: was begun with other settings ({', '.join(differing)}); give those, or "
+                    "another --out."
+                )
+            study = study.model_copy(update={"pretrained": {**there.pretrained, **study.pretrained}})
+        text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120)
+        write_text_atomically(self.study_file, text)
 
     def budget(self, network: str) -> Budget | None:
         """None before it is measured; InputError when its file is damaged."""

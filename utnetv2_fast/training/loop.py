@@ -21,7 +21,7 @@ from utnetv2_fast.data.augment import augment, augmentation_profile, source_size
 from utnetv2_fast.data.prepare import PreparedCase
 from utnetv2_fast.data.sampling import PatchSampler, prefetch
 from utnetv2_fast.devices import autocast_dtype
-from utnetv2_fast.errors import InputError, RunError, Stopped
+from utnetv2_fast.errors import DivergedError, InputError, RunError, Stopped
 from utnetv2_fast.files import remove_unfinished
 from utnetv2_fast.models import SegmentationNetwork, load_pretrained
 from utnetv2_fast.nn.normalised_conv import use_global_batch_norms
@@ -91,8 +91,8 @@ def train(
     shows the rest when it is resumed.
 
     Raises:
-        RunError: the loss is not finite (names the cases of the batch), or a file cannot be written, or the ranks see
-            different files.
+        DivergedError: the loss is not finite (names the cases of the batch).
+        RunError: a file cannot be written, or the ranks see different files.
         InputError: the state in `run` is damaged or that of another network, or the batch cannot be divided evenly, or
             the pre-trained weights cannot be used.
         Stopped: after a step `stop()` was true; the state is saved.
@@ -108,15 +108,9 @@ def train(
         remove_unfinished(run.path)
         _show_finished(run, state)
     dtype = training_dtype(settings, device)
-    if config.model.impl != "reference":
-        shape = (len(part), config.model.in_channels, *config.patch_size)
-        check_kernels(state.model, shape, device, dtype)
+    network = _made_ready(config, state.model, len(part), device, dtype)
     weights = expand_class_weights(settings.class_weights, config.model.num_classes).to(device)
     batch = _batches(config, train_cases, device, part)
-    # The parameters stay the model's own, under their own names; sizes never change.
-    network: torch.nn.Module = state.model
-    if settings.compile:
-        network = cast(torch.nn.Module, torch.compile(network, dynamic=False))
     if ranks.count > 1:
         network = data_parallel(network, device)
         use_global_batch_norms(state.averaged)
@@ -175,6 +169,7 @@ def seconds_per_step(config: RunConfig, train_cases: Sequence[PreparedCase], dev
     settings = config.training
     state = TrainingState(config, device)
     dtype = training_dtype(settings, device)
+    network = _made_ready(config, state.model, settings.batch_size, device, dtype)
     weights = expand_class_weights(settings.class_weights, config.model.num_classes).to(device)
     batch = _batches(config, train_cases, device, range(settings.batch_size))
     state.model.train()
@@ -182,13 +177,26 @@ def seconds_per_step(config: RunConfig, train_cases: Sequence[PreparedCase], dev
     with closing(prefetch(batch, itertools.count())) as prefetched:
         finished = time.perf_counter()
         for step, (image, label, cases) in enumerate(prefetched):
-            _step(state, state.model, image, label, cases, weights, settings, dtype)
+            _step(state, network, image, label, cases, weights, settings, dtype)
             before, finished = finished, time.perf_counter()
             if step >= _WARM_UP_STEPS:
                 seconds.append(finished - before)
             if len(seconds) >= _TIMED_STEPS and sum(seconds) >= _TIMED_SECONDS:
                 return statistics.median(seconds)
     raise AssertionError("there is always another step")
+
+
+def _made_ready(
+    config: RunConfig, model: torch.nn.Module, samples: int, device: torch.device, dtype: torch.dtype | None
+) -> torch.nn.Module:
+    """`model` as it is run for batches of so many samples: its kernels checked, compiled where that is asked for.
+
+    The parameters stay the model's own, under their own names.
+    """
+    if config.model.impl != "reference":
+        check_kernels(model, (samples, config.model.in_channels, *config.patch_size), device, dtype)
+    # Sizes never change.
+    return cast(torch.nn.Module, torch.compile(model, dynamic=False)) if config.training.compile else model
 
 
 def _resume(run: RunFolder, state: TrainingState) -> None:
@@ -290,7 +298,7 @@ def _step(
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm or math.inf)
     if not torch.isfinite(loss + norm):
-        raise RunError(
+        raise DivergedError(
             f"Step {state.step}: the loss ({loss.item()}) or its gradient is not finite; look at the "
             f"cases of this batch ({', '.join(dict.fromkeys(cases))}), or train with a lower learning rate."
         )
