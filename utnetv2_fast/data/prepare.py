@@ -272,7 +272,7 @@ def _recipe(plan: Plan, axes: Axes) -> str:
     """
     fixed = [i.model_dump() for i, kind in zip(plan.intensities, plan.normalisation, strict=True) if kind == "ct"]
     rules = [plan.resampling, plan.crop, plan.label_context]
-    by_rule = rules == ["nnunet", "nonzero", None]  # as it was before there were others
+    by_rule = rules == ["nnunet", "nonzero", None]
     return _digest(
         [_FORMAT, plan.dimensions, axes, plan.spacing, plan.normalisation, fixed, *([] if by_rule else rules)]
     )
