@@ -107,6 +107,8 @@ def train(
     if ranks.first:
         remove_unfinished(run.path)
         _show_finished(run, state)
+    else:
+        torch.manual_seed(settings.seed + (ranks.rank << 40) + state.step)  # dropout draws for its own samples
     dtype = training_dtype(settings, device)
     network = _made_ready(config, state.model, len(part), device, dtype)
     weights = expand_class_weights(settings.class_weights, config.model.num_classes).to(device)
