@@ -26,8 +26,8 @@ Heads wider than BD channels are cut into slices of BD: a program has one slice 
 computes S of all channels again.
 
 Tiles of scores lie with their longer side first: (BN, BL) or, where there are more columns than rows, (BL, BN); L is
-the axis along the semantic tokens. Of products that feed products, Triton gives each warp 16 rows, and the same rows to
-several warps where there are too few of them.
+the axis along the semantic tokens. Warps of products that feed products Triton mostly stacks along the first axis, 16
+rows each, and several have the same rows where there are too few.
 """
 
 from __future__ import annotations
