@@ -1,8 +1,8 @@
 """Measures this package on a GPU in about eight minutes: operators, whole networks, and a training if data are given.
 
 Results are checked before they are timed, peers take turns with ours in the same process, and a file per section is
-written as soon as the section ends. Runs from a checkout where torch and Triton are installed: nothing else is needed,
-except for a training what reads scans (nibabel, scipy, pydantic, typer and the like).
+written as soon as the section ends. Runs from a checkout. The operators need torch and Triton alone; networks and a
+training need what the package depends on (pydantic, nibabel and the like), and are noted as not measured without it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 from bench.measure import machine, seconds, table
 from bench.peers import CHECKED_CHANNELS, TOLERANCES, attend, attend_twice, convolve, convolve_separably, in_format
 from bench.shapes import ATTENTION, BATCHES, DEPTHWISE, Attention, Depthwise
-from utnetv2_fast.models import PRESETS, UTNetV2
 from utnetv2_fast.ops import bidirectional_attention, depthwise_conv, depthwise_separable_conv, explain
 from utnetv2_fast.ops.self_check import EXAMPLES, check
-from utnetv2_fast.training import default_training
-from utnetv2_fast.training.losses import supervised_loss
 
 GPU = torch.device("cuda", 0)
 GIB = 2**30
@@ -336,6 +333,10 @@ class Training:
     """A network with its batch, loss and optimiser."""
 
     def __init__(self, preset: str, impl: str) -> None:
+        from utnetv2_fast.models import PRESETS, UTNetV2
+        from utnetv2_fast.training import default_training
+        from utnetv2_fast.training.losses import supervised_loss
+
         torch.manual_seed(0)
         classes, settings = {"bcv-3d": 14, "lits-3d": 3}.get(preset, 4), default_training(preset)
         size = PRESETS[preset].input_size
@@ -345,12 +346,13 @@ class Training:
         self.label = torch.randint(classes, (BATCHES[preset], *size), device=GPU)
         self.class_weights = torch.ones(classes, device=GPU)
         self.auxiliary_weight, self.clip_norm = settings.auxiliary_weight, settings.clip_norm
+        self.supervised_loss = supervised_loss
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def loss(self, *, autocast: bool = True) -> Tensor:
         with torch.autocast(GPU.type, torch.bfloat16, enabled=autocast):
             outputs = self.forward(self.image)
-        return supervised_loss(outputs, self.label, self.class_weights, self.auxiliary_weight)
+        return self.supervised_loss(outputs, self.label, self.class_weights, self.auxiliary_weight)
 
     def step(self) -> None:
         self.loss().backward()
@@ -455,7 +457,7 @@ def main() -> None:
     clock = Clock(time.monotonic() + 60 * minutes)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # peers in float32 are checked too
 
-    facts = machine() | {"driver": driver(), "triton": metadata.version("triton")}
+    facts = machine() | {"driver": driver(), "triton": triton.__version__}
     facts |= {"command": shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]])}
     checked = self_check()
     report: dict[str, object] = {"machine": facts, "self_check": checked}

@@ -24,10 +24,15 @@ on, two from half of that.
 
 Heads wider than BD channels are cut into slices of BD: a program has one slice of out and of the sums over tokens, and
 computes S of all channels again.
+
+Tiles of scores lie with their longer side first: (BN, BL) or, where there are more columns than rows, (BL, BN); L is
+the axis along the semantic tokens. Warps of products that feed products Triton mostly stacks along the first axis, 16
+rows each, and several have the same rows where there are too few.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -88,43 +93,93 @@ def _store(p_x, s_x, o_row, m_row, o_d, m_d, b_x):
 
 
 @triton.jit
+def _zeros(BN: tl.constexpr, BL: tl.constexpr, L: tl.constexpr):
+    """A tile of scores."""
+    return tl.zeros([BN, BL] if L == 1 else [BL, BN], tl.float32)
+
+
+@triton.jit
+def _per_row(b_x, L: tl.constexpr):
+    """One value for each token, to go with a tile of scores."""
+    return tl.expand_dims(b_x, L)
+
+
+@triton.jit
+def _per_column(b_x, L: tl.constexpr):
+    """One value for each semantic token, to go with a tile of scores."""
+    return tl.expand_dims(b_x, 1 - L)
+
+
+@triton.jit
+def _tile_product(b_x, b_map, b_product, L: tl.constexpr, PRECISION: tl.constexpr):
+    """x map^T + product, a tile of scores, of x (BN, BD) and map (BL, BD)."""
+    b_first, b_second = (b_x, b_map) if L == 1 else (b_map, b_x)
+    return tl.dot(b_first, tl.trans(b_second), b_product, input_precision=PRECISION)
+
+
+@triton.jit
+def _token_product(b_tile, b_map, L: tl.constexpr, PRECISION: tl.constexpr):
+    """tile map (BN, BD)."""
+    return tl.dot(b_tile if L == 1 else tl.trans(b_tile), b_map, input_precision=PRECISION)
+
+
+@triton.jit
+def _map_product(b_tile, b_x, b_product, L: tl.constexpr, PRECISION: tl.constexpr):
+    """tile^T x + product (BL, BD)."""
+    return tl.dot(tl.trans(b_tile) if L == 1 else b_tile, b_x, b_product, input_precision=PRECISION)
+
+
+@triton.jit
 def _product_of_slices(
     p_x, s_x, o_n, m_n,  # a head of the token map (n, d)
     p_map, s_map, o_l, m_l,  # a head of the semantic map (l, d)
-    D: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x map^T, a tile (BN, BL), over all channels."""
-    b_product = tl.zeros([BN, BL], tl.float32)
-    for i_d in tl.static_range(0, D, BD):
+    """x map^T, a tile of scores, over all channels."""
+    b_product = _zeros(BN, BL, L)
+    for i_d in tl.range(0, D, BD, num_stages=1):  # a loop indeed: unrolled, its addresses take all registers
         o_d = i_d + tl.arange(0, BD)
         b_x = _load(p_x, s_x, o_n, m_n, o_d, o_d < D)
         b_map = _load(p_map, s_map, o_l, m_l, o_d, o_d < D)
-        b_product = tl.dot(b_x, tl.trans(b_map), b_product, input_precision=PRECISION)
+        b_product = _tile_product(b_x, b_map, b_product, L, PRECISION)
     return b_product
 
 
 @triton.jit
-def _divided(b_e, b_row_sum, BITS: tl.constexpr):
+def _divided(b_e, b_row_sum, L: tl.constexpr, BITS: tl.constexpr):
     """Rows by their sums: in float32 a true division, so that a row of one is 1."""
-    return b_e * (1.0 / b_row_sum)[:, None] if BITS else b_e / b_row_sum[:, None]
+    return b_e * _per_row(1.0 / b_row_sum, L) if BITS else b_e / _per_row(b_row_sum, L)
 
 
 @triton.jit
-def _row_softmax(b_s, m_n, BITS: tl.constexpr):
-    b_top = tl.where(m_n, tl.max(b_s, 1), 0.0)
-    b_e = _exp(b_s - b_top[:, None], BITS)
-    return _divided(b_e, tl.where(m_n, tl.sum(b_e, 1), 1.0), BITS)
+def _row_softmax(b_s, m_n, L: tl.constexpr, BITS: tl.constexpr):
+    b_top = tl.where(m_n, tl.max(b_s, L), 0.0)
+    b_e = _exp(b_s - _per_row(b_top, L), BITS)
+    return _divided(b_e, tl.where(m_n, tl.sum(b_e, L), 1.0), L, BITS)
+
+
+@triton.jit
+def _any(b_x):
+    """Whether one of a vector is true, as a matrix: Triton 3.6 dies of vectors that come from tensor memory."""
+    return tl.max(tl.reshape(b_x.to(tl.int32), [2, b_x.shape[0] // 2]), None) > 0
+
+
+@triton.jit
+def _masked(b_s, m_n, m_l, L: tl.constexpr):
+    """A tile of scores, -inf outside."""
+    return tl.where(_per_row(m_n, L) & _per_column(m_l, L), b_s, float("-inf"))
 
 
 @triton.jit
 def _scores(
     p_q, s_q, o_n, m_n,  # a head of the token map (n, d)
     p_map_q, s_map_q, o_l, m_l,  # a head of the semantic map (l, d)
-    factor, D: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    factor, D: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S * factor, a tile (BN, BL), -inf outside."""
-    b_s = _product_of_slices(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, D, BN, BL, BD, PRECISION)
-    return tl.where(m_n[:, None] & m_l[None, :], b_s * factor, float("-inf"))
+    """S * factor, a tile, -inf outside."""
+    b_s = _product_of_slices(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, D, BN, BL, BD, L, PRECISION)
+    return _masked(b_s * factor, m_n, m_l, L)
 
 
 @triton.jit
@@ -139,6 +194,7 @@ def _forward_kernel(
     UPDATES_MAP: tl.constexpr, LEAST: tl.constexpr, GREATEST: tl.constexpr, BITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    L: tl.constexpr = 1 if BN >= BL else 0
     i_split = tl.program_id(0) % splits
     i_bh = (tl.program_id(0) // splits).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -157,7 +213,7 @@ def _forward_kernel(
     if D <= BD:
         b_map_q = _load(p_map_q, s_map_q, o_l, m_l, o_d, m_d)
     b_reference = LOWEST
-    b_sums = tl.zeros([BN, BL], tl.float32)  # of the rows' exponentials; over the rows at the end
+    b_sums = _zeros(BN, BL, L)  # of the rows' exponentials; over the rows at the end
     b_part = tl.zeros([BL, BD], tl.float32)
 
     tiles = tl.cdiv(n, BN)
@@ -168,35 +224,35 @@ def _forward_kernel(
         m_n = o_n < n
         if D <= BD:
             b_q = _load(p_q, s_q, o_n, m_n, o_d, m_d)  # (BN, BD)
-            b_s = tl.dot(b_q, tl.trans(b_map_q), input_precision=PRECISION)  # (BN, BL)
-            b_s = tl.where(m_n[:, None] & m_l[None, :], b_s * factor, float("-inf"))
+            b_s = _tile_product(b_q, b_map_q, _zeros(BN, BL, L), L, PRECISION)
+            b_s = _masked(b_s * factor, m_n, m_l, L)
         else:
-            b_s = _scores(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, factor, D, BN, BL, BD, PRECISION)
+            b_s = _scores(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, factor, D, BN, BL, BD, L, PRECISION)
         if UPDATES_MAP:
             b_v = _load(p_v, s_v, o_n, m_n, o_d, m_d)
             b_e = _exp(b_s - b_reference, BITS)
-            b_row_sum = tl.where(m_n, tl.sum(b_e, 1), 1.0)
-            if tl.max(((b_row_sum < LEAST) | (b_row_sum > GREATEST)).to(tl.int32), 0) > 0:
-                b_top = tl.maximum(b_reference, tl.max(tl.max(b_s, 1), 0))
+            b_row_sum = tl.where(m_n, tl.sum(b_e, L), 1.0)
+            if _any((b_row_sum < LEAST) | (b_row_sum > GREATEST)):
+                b_top = tl.maximum(b_reference, tl.max(b_s, None))
                 b_kept = _exp(b_reference - b_top, BITS)
                 b_sums *= b_kept
                 b_part *= b_kept
                 b_reference = b_top
                 b_e = _exp(b_s - b_top, BITS)
-                b_rows = _row_softmax(b_s, m_n, BITS)
+                b_rows = _row_softmax(b_s, m_n, L, BITS)
             else:
-                b_rows = _divided(b_e, b_row_sum, BITS)
+                b_rows = _divided(b_e, b_row_sum, L, BITS)
             # The sums are of what the product sees: its weights then add up to one, however they are rounded.
             b_weights = b_e.to(b_v.dtype)
             b_sums += b_weights.to(tl.float32)
-            b_part = tl.dot(tl.trans(b_weights), b_v, b_part, input_precision=PRECISION)
+            b_part = _map_product(b_weights, b_v, b_part, L, PRECISION)
         else:
-            b_rows = _row_softmax(b_s, m_n, BITS)
-        b_out = tl.dot(b_rows.to(b_map_v.dtype), b_map_v, input_precision=PRECISION)
+            b_rows = _row_softmax(b_s, m_n, L, BITS)
+        b_out = _token_product(b_rows.to(b_map_v.dtype), b_map_v, L, PRECISION)
         _store(p_out, s_out, o_n, m_n, o_d, m_d, b_out)
 
     if UPDATES_MAP:
-        b_sum = tl.sum(b_sums, 0)
+        b_sum = tl.sum(b_sums, 1 - L)
         b_references = tl.zeros([BL], tl.float32) + b_reference
         if (tl.min(tl.where(m_l, b_sum, 1.0), 0) < LEAST) & (first < last):
             # A column has vanished beside the others: each with a reference of its own.
@@ -206,15 +262,14 @@ def _forward_kernel(
             for i_tile in range(first, last):
                 o_n = i_tile * BN + tl.arange(0, BN)
                 m_n = o_n < n
-                b_s = _scores(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, factor, D, BN, BL, BD, PRECISION)
-                b_tops = tl.maximum(b_references, tl.max(b_s, 0))
+                b_s = _scores(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, factor, D, BN, BL, BD, L, PRECISION)
+                b_tops = tl.maximum(b_references, tl.max(b_s, 1 - L))
                 b_kept = _exp(b_references - b_tops, BITS)
                 b_references = b_tops
                 b_v = _load(p_v, s_v, o_n, m_n, o_d, m_d)
-                b_weights = _exp(b_s - b_tops[None, :], BITS).to(b_v.dtype)
-                b_sum = b_sum * b_kept + tl.sum(b_weights.to(tl.float32), 0)
-                b_tile_part = tl.dot(tl.trans(b_weights), b_v, input_precision=PRECISION)
-                b_part = b_part * b_kept[:, None] + b_tile_part
+                b_weights = _exp(b_s - _per_column(b_tops, L), BITS).to(b_v.dtype)
+                b_sum = b_sum * b_kept + tl.sum(b_weights.to(tl.float32), 1 - L)
+                b_part = _map_product(b_weights, b_v, b_part * b_kept[:, None], L, PRECISION)
     if UPDATES_MAP:
         o_column = (i_bh * splits + i_split) * l + o_l
         tl.store(p_parts + o_column[:, None] * D + o_d[None, :], b_part, mask=m_l[:, None] & m_d[None, :])
@@ -272,6 +327,7 @@ def _backward_kernel(
     D: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
     UPDATES_MAP: tl.constexpr, LEAST: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    L: tl.constexpr = 1 if BN >= BL else 0
     i_split = tl.program_id(0) % splits
     i_bh = (tl.program_id(0) // splits).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -317,44 +373,44 @@ def _backward_kernel(
         b_q = _load(p_q, s_q, o_n, m_n, o_d, m_d)  # (BN, BD)
         b_grad_out = _load(p_grad_out, s_grad_out, o_n, m_n, o_d, m_d)
         if D <= BD:
-            b_s = tl.dot(b_q, tl.trans(b_map_q), input_precision=PRECISION)  # (BN, BL)
-            b_s = tl.where(m_n[:, None] & m_l[None, :], b_s * factor, float("-inf"))
-            b_grad_rows = tl.dot(b_grad_out, tl.trans(b_map_v), input_precision=PRECISION)
+            b_s = _tile_product(b_q, b_map_q, _zeros(BN, BL, L), L, PRECISION)
+            b_s = _masked(b_s * factor, m_n, m_l, L)
+            b_grad_rows = _tile_product(b_grad_out, b_map_v, _zeros(BN, BL, L), L, PRECISION)
         else:
-            b_s = _scores(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, factor, D, BN, BL, BD, PRECISION)
+            b_s = _scores(p_q, s_q, o_n, m_n, p_map_q, s_map_q, o_l, m_l, factor, D, BN, BL, BD, L, PRECISION)
             b_grad_rows = _product_of_slices(
-                p_grad_out, s_grad_out, o_n, m_n, p_map_v, s_map_v, o_l, m_l, D, BN, BL, BD, PRECISION
+                p_grad_out, s_grad_out, o_n, m_n, p_map_v, s_map_v, o_l, m_l, D, BN, BL, BD, L, PRECISION
             )
         if UPDATES_MAP:
             b_e = _exp(b_s - b_reference, BITS)
-            b_row_sum = tl.where(m_n, tl.sum(b_e, 1), 1.0)
-            if (tl.min(b_row_sum, 0) < LEAST) | vanishing:
-                b_rows = _row_softmax(b_s, m_n, BITS)
-                b_columns = _exp(b_s - b_lse[None, :], BITS)
+            b_row_sum = tl.where(m_n, tl.sum(b_e, L), 1.0)
+            if _any(b_row_sum < LEAST) | vanishing:
+                b_rows = _row_softmax(b_s, m_n, L, BITS)
+                b_columns = _exp(b_s - _per_column(b_lse, L), BITS)
             else:
-                b_rows = _divided(b_e, b_row_sum, BITS)
-                b_columns = b_e * b_factors[None, :]
+                b_rows = _divided(b_e, b_row_sum, L, BITS)
+                b_columns = b_e * _per_column(b_factors, L)
         else:
-            b_rows = _row_softmax(b_s, m_n, BITS)
-        b_mean = tl.sum(b_rows * b_grad_rows, 1)
-        b_grad_s = b_rows * (b_grad_rows - b_mean[:, None])
+            b_rows = _row_softmax(b_s, m_n, L, BITS)
+        b_mean = tl.sum(b_rows * b_grad_rows, L)
+        b_grad_s = b_rows * (b_grad_rows - _per_row(b_mean, L))
         b_rows_ = b_rows.to(b_grad_out.dtype)
-        b_grad_map_v = tl.dot(tl.trans(b_rows_), b_grad_out, b_grad_map_v, input_precision=PRECISION)
+        b_grad_map_v = _map_product(b_rows_, b_grad_out, b_grad_map_v, L, PRECISION)
         if UPDATES_MAP:
             if D <= BD:
                 b_v = _load(p_v, s_v, o_n, m_n, o_d, m_d)
-                b_grad_columns = tl.dot(b_v, tl.trans(b_grad_map_out), input_precision=PRECISION)
+                b_grad_columns = _tile_product(b_v, b_grad_map_out, _zeros(BN, BL, L), L, PRECISION)
             else:
                 b_grad_columns = _product_of_slices(
-                    p_v, s_v, o_n, m_n, p_grad_map_out, s_grad_map_out, o_l, m_l, D, BN, BL, BD, PRECISION
+                    p_v, s_v, o_n, m_n, p_grad_map_out, s_grad_map_out, o_l, m_l, D, BN, BL, BD, L, PRECISION
                 )
-            b_grad_s += b_columns * (b_grad_columns - b_column_sum[None, :])
-            b_grad_v = tl.dot(b_columns.to(b_grad_map_out.dtype), b_grad_map_out, input_precision=PRECISION)
+            b_grad_s += b_columns * (b_grad_columns - _per_column(b_column_sum, L))
+            b_grad_v = _token_product(b_columns.to(b_grad_map_out.dtype), b_grad_map_out, L, PRECISION)
             _store(p_grad_v, s_grad_v, o_n, m_n, o_d, m_d, b_grad_v)
         b_grad_s_ = (b_grad_s * scale).to(b_q.dtype)
-        b_grad_q = tl.dot(b_grad_s_, b_map_q, input_precision=PRECISION)
+        b_grad_q = _token_product(b_grad_s_, b_map_q, L, PRECISION)
         _store(p_grad_q, s_grad_q, o_n, m_n, o_d, m_d, b_grad_q)
-        b_grad_map_q = tl.dot(tl.trans(b_grad_s_), b_q, b_grad_map_q, input_precision=PRECISION)
+        b_grad_map_q = _map_product(b_grad_s_, b_q, b_grad_map_q, L, PRECISION)
 
     o_part = ((i_bh * splits + i_split) * l + o_l)[:, None] * D + o_d[None, :]
     m_part = m_l[:, None] & m_d[None, :]
@@ -402,21 +458,20 @@ def choose_blocks(q: Tensor, l: int, *, updates_map: bool, backward: bool) -> Bl
     return Blocks(**tuned(name, q.device, key, by_rule._asdict()))
 
 
+@functools.cache
 def _blocks_by_rule(BL: int, d: int, itemsize: int, architecture: str, backward: bool) -> Blocks:
-    """Registers decide: backward holds two sums (BL, BD) beside its tiles (BN, BL) and (BN, BD)."""
-    # Triton 3.6 dies of row sums of a product in tensor memory, which products of 64 rows are on these chips.
-    tokens = 32 if architecture.startswith("sm_10") else 64
+    """Registers decide: backward holds two sums (BL, BD) beside its tiles of scores, and the maps of whole heads."""
     BD = min(d, 128 if itemsize == 2 else 64)
-    BN = max(16, min(tokens, 2048 // BL, (2048 if architecture.startswith("gfx") else 4096) // BD))
+    BD = min(BD, 64) if BL >= 128 else BD
+    BN = max(16, min(64, max(32, 2048 // BL), (2048 if architecture.startswith("gfx") else 4096) // BD))
     if backward:
-        BN = tokens if BL * BD <= 1024 else 16
-        BD = min(BD, 64) if BL >= 128 else BD  # shared memory of the smaller chips
+        BN = 64 if BL * BD <= 1024 else 16 if BL >= 64 and BD == d >= 128 else 32
     if itemsize == 4:  # without tensor cores a thread holds what it multiplies
         BN = 16
         BD = min(d, max(16, 2048 // BL)) if backward else BD
     # These have 64 to 100 KiB of shared memory, less than two stages of slices of the channels take.
     small = architecture.startswith(("gfx", "sm_86", "sm_89", "sm_12"))
-    many = BL * BD >= 8192 or BL >= 128 or itemsize == 4 or (backward and BL * BD >= 2048)
+    many = BL * BD >= 8192 or BL >= 128 or itemsize == 4
     num_warps = 8 if many and not architecture.startswith("gfx") else 4  # a warp of AMD's has twice the threads
     return Blocks(BN=BN, BD=BD, num_warps=num_warps, num_stages=1 if backward or (small and d > BD) else 2)
 

@@ -7,6 +7,7 @@ axes in their order; axes that every map has in one stretch are one axis, so tha
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -35,22 +36,7 @@ class Maps:
 
     @classmethod
     def of(cls, *maps: Tensor) -> Maps:
-        axes: list[tuple[int, tuple[int, ...]]] = []  # size, strides of the maps
-        for size, *strides in zip(maps[0].shape[2:], *(m.stride()[2:] for m in maps), strict=True):
-            if size == 1:
-                continue
-            joins = axes and all(outer == size * inner for outer, inner in zip(axes[-1][1], strides, strict=True))
-            axes.append((size * axes.pop()[0] if joins else size, tuple(strides)))
-        padded = [(1, (0,) * len(maps))] * (3 - len(axes)) + axes
-        batch, channels, *spatial = maps[0].shape
-        return cls(
-            batch=batch,
-            channels=channels,
-            positions=math.prod(spatial),
-            axes=max(1, len(axes)),
-            sizes=(padded[1][0], padded[2][0]),
-            strides=tuple((*m.stride()[:2], *(strides[i] for _, strides in padded)) for i, m in enumerate(maps)),
-        )
+        return _maps(maps[0].shape, tuple(m.stride() for m in maps))
 
     def extent(self) -> tuple[int, int, int, int]:
         """What a kernel takes as C, P, H and W."""
@@ -90,6 +76,26 @@ class Maps:
         splits = max(1, min(tiles, 2 * multiprocessors(device) // self.groups(blocks)))
         steps = cdiv(tiles, splits)
         return cdiv(tiles, steps), steps
+
+
+@functools.cache
+def _maps(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Maps:
+    axes: list[tuple[int, tuple[int, ...]]] = []  # size, strides of the maps
+    for size, *steps in zip(shape[2:], *(of_map[2:] for of_map in strides), strict=True):
+        if size == 1:
+            continue
+        joins = axes and all(outer == size * inner for outer, inner in zip(axes[-1][1], steps, strict=True))
+        axes.append((size * axes.pop()[0] if joins else size, tuple(steps)))
+    padded = [(1, (0,) * len(strides))] * (3 - len(axes)) + axes
+    batch, channels, *spatial = shape
+    return Maps(
+        batch=batch,
+        channels=channels,
+        positions=math.prod(spatial),
+        axes=max(1, len(axes)),
+        sizes=(padded[1][0], padded[2][0]),
+        strides=tuple((*of_map[:2], *(steps[i] for _, steps in padded)) for i, of_map in enumerate(strides)),
+    )
 
 
 @triton.jit

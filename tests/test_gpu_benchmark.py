@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_everything_is_checked_and_written(on_the_cpu: None, tmp_path: Path, mon
     assert len(report["networks"]) == 4
     assert all(row["problem"] is None for row in report["self_check"])
     assert "| tiny-2d n40 l9 B2 H2 d8 " in (tmp_path / "gpu.md").read_text()
+
+
+def test_operators_are_measured_and_tuned_with_torch_and_triton_alone() -> None:
+    pytest.importorskip("triton")
+    absent = ("pydantic", "nibabel", "scipy", "surface_distance", "safetensors", "yaml", "typer", "rich", "matplotlib")
+    code = f"import sys\nsys.modules.update(dict.fromkeys({absent}))\nimport bench.ahead_of_time, bench.gpu, bench.tune"
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_wrong_result_is_not_timed_and_the_rest_is(
