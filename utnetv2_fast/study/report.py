@@ -190,7 +190,7 @@ def _facts(results: Sequence[Result]) -> Mapping[str, str]:
     seeds, folds = (sorted(set(numbers)) for numbers in zip(*(result.trial for result in results), strict=True))
     environments = [(result.run.read_environments() or [{}])[-1] for result in results]
     machines = {f"{e.get('device')}, {e.get('threads')} threads, {e.get('instruction_set')}" for e in environments}
-    commands = {shlex.join(_without_folder(part) for part in e.get("command", ())) for e in environments}
+    commands = {shlex.join(map(_without_folder, ("utnetv2-fast", *e.get("command", ())[1:]))) for e in environments}
     packages = environments[-1].get("packages", {})
     supervised = {title_of(r.network): getattr(r.config.model, "deep_supervision", False) for r in results}
     return {
