@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import utnetv2_fast.ops.flops  # noqa: F401
 from utnetv2_fast.costs import networks
 from utnetv2_fast.costs.networks import count, measure_networks, network_names, read_scores, task_of
 from utnetv2_fast.costs.tables import csv_text, markdown, network_rows
-from utnetv2_fast.errors import InputError
+from utnetv2_fast.errors import InputError, RunError
 from utnetv2_fast.models import NETWORKS, Task, build_network, configure_network, get_preset
 
 CPU = torch.device("cpu")
@@ -85,12 +84,12 @@ def test_a_network_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch
 
 def test_a_network_that_is_too_large_keeps_its_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*arguments: object) -> None:
-        raise subprocess.CalledProcessError(-9, "python")
+        raise RunError("the process was ended by SIGKILL.")
 
     monkeypatch.setattr(networks, "in_a_process", killed)
     (cost,) = measure_networks(["utnetv2"], task("tiny-2d", (32, 32)), CPU)
     assert cost.problem is not None
-    assert "ended with -9" in cost.problem
+    assert "ended by SIGKILL" in cost.problem
     assert cost.parameters is not None
     assert cost.forward_seconds is None
 
@@ -110,6 +109,7 @@ def test_sizes_and_names_that_do_not_fit_are_refused() -> None:
         ("network,dice\na\n", "needs the columns"),
         ("network,dice\na,91\n", "between 0 and 1"),
         ("network,dice\n", "at least one line"),
+        ("network,dice,class\na,0.9,RV\na,0.8,LV\n", "several lines for one network; .* scores.csv"),
     ],
 )
 def test_scores_that_are_none_are_refused(text: str, message: str, tmp_path: Path) -> None:

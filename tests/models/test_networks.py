@@ -265,6 +265,17 @@ def _in_monais_order(network: torch.nn.Module) -> list[torch.nn.Parameter]:
     return ordered
 
 
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_all_convolutions_of_nnunet_begin_as_its_own(dimensions: int) -> None:
+    network: Any = build_network(configure_network("nnunet", task(f"tiny-{dimensions}d")))
+    for conv in (network.enlarge[0], network.down[-1][3]):
+        fan_in = conv.weight[0].numel()
+        expected = math.sqrt(2 / (1 + 0.01**2) / fan_in)
+        assert conv.weight.std().item() == pytest.approx(expected, rel=0.05)
+    assert not network.head.bias.any()
+    assert not network.auxiliary_head.bias.any()
+
+
 def test_nnunet_goes_on_halving_long_axes() -> None:
     config = configure_network("nnunet", task("acdc-3d"))  # 16 x 192 x 192: 4 x 12 x 12 after four down-samplings
     assert config.scales[4:] == ((1, 2, 2),)
