@@ -25,15 +25,14 @@ from utnetv2_fast.inspection import (
     similarity,
     summarise,
 )
-from utnetv2_fast.models import NETWORKS, PRESETS, Task, UTNetV2, build_network
+from utnetv2_fast.models import NETWORKS, PRESETS, UTNetV2, build_network
 from utnetv2_fast.nn.bidirectional_attention import BidirectionalAttention, split_heads
 from utnetv2_fast.ops import reference
 
 STAGES = ["encoder-2", "encoder-3", "encoder-4", "decoder-3", "decoder-2"]
 
 
-TINY = PRESETS["tiny-2d"]
-TASK = Task(2, 1, 4, TINY.input_size, TINY.fields["scales"], TINY.fields["kernel_sizes"], TINY.fields)
+TASK = PRESETS["tiny-2d"].task(in_channels=1, num_classes=4)
 
 
 def network(preset: str, impl: str = "auto", **changes: object) -> UTNetV2:

@@ -72,13 +72,14 @@ def test_a_network_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch
     choice = NETWORKS["utnetv2"]
     monkeypatch.setitem(NETWORKS, "swin", choice._replace(title="Swin UNETR", configure=absent))
     monkeypatch.setattr(networks, "in_a_process", lambda *_: {"forward_seconds": 0.5, "peak_bytes": 2**30})
-    assert network_names([], 2) == list(NETWORKS)
+    assert network_names([], 2) == [name for name, choice in NETWORKS.items() if 2 in choice.dimensions]
     costs = measure_networks(["utnetv2", "swin"], task("tiny-2d", (32, 32)), CPU)
     rows = network_rows(costs)
     assert rows[0] == ["network", "params M", "GFLOP", "forward ms", "peak GiB", "remark"]
     assert rows[1][3:] == ["500", "1.00", ""]
     assert rows[2] == ["Swin UNETR", "", "", "", "", "needs monai"]
     assert markdown(rows).count("\n") == 4
+    assert markdown([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n|---|---|\n| 1 | 2 |\n"
     assert "swin,Swin UNETR,Swin UNETR is MONAI's: pip install monai.,,,,,\r\n" in csv_text(networks.as_json(costs))
 
 
@@ -97,8 +98,8 @@ def test_a_network_that_is_too_large_keeps_its_counts(monkeypatch: pytest.Monkey
 def test_sizes_and_names_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="3 positive numbers"):
         task_of(get_preset("tiny-3d"), (32, 32), 1, 4)
-    with pytest.raises(InputError, match="no network 'unet'"):
-        network_names(["unet"], 2)
+    with pytest.raises(InputError, match="no network 'unetr' in 2D"):
+        network_names(["unetr"], 2)
 
 
 @pytest.mark.parametrize(

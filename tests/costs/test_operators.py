@@ -102,7 +102,8 @@ def test_every_operator_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_grows_over_sizes_that_take_more_than_the_process_itself() -> None:
     def memory(*peaks: int | None) -> float:
         positions = [16, 64, 256, 1024][: len(peaks)]
-        return Growth("a", "a", "n", 1, 1, "d", positions, [1.0] * 4, list(peaks), [1] * 4).exponents["memory"]
+        ones = [1] * len(peaks)
+        return Growth("a", "a", "n", 1, 1, "d", positions, [1.0] * len(peaks), list(peaks), ones).exponents["memory"]
 
     assert memory(1000, 1001, 4000, 16000) == pytest.approx(1)
     assert math.isnan(memory(1000, 1001, 1400, 4000))

@@ -20,9 +20,9 @@ from utnetv2_fast.models import (
     UTNetV2,
     build_network,
     configure_network,
+    count_parameters,
 )
 from utnetv2_fast.models.ablations import VARIANTS
-from utnetv2_fast.models.networks import count_parameters
 from utnetv2_fast.nn.convolution import ResidualBlock
 from utnetv2_fast.nn.efficient_attention import AttendingSkipConnection, EfficientAttention, TokenBlock
 

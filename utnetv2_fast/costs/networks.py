@@ -64,15 +64,7 @@ def task_of(preset: Preset, size: Sequence[int] | None, in_channels: int, num_cl
     """
     if size is not None and (len(size) != preset.dimensions or min(size) < 1):
         raise InputError(f"--size needs {preset.dimensions} positive numbers for this preset, such as 64x64.")
-    return Task(
-        dimensions=preset.dimensions,
-        in_channels=in_channels,
-        num_classes=num_classes,
-        patch_size=tuple(size or preset.input_size),
-        scales=preset.fields["scales"],
-        kernel_sizes=preset.fields["kernel_sizes"],
-        fields=preset.fields,
-    )
+    return preset.task(in_channels, num_classes, size)
 
 
 def network_names(names: Sequence[str], dimensions: int) -> list[str]:

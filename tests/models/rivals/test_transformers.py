@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from utnetv2_fast.errors import InputError
-from utnetv2_fast.models import NETWORKS, PRESETS, SegmentationNetwork, Task, build_network, configure_network
-from utnetv2_fast.models.networks import count_parameters
+from utnetv2_fast.models import (
+    NETWORKS,
+    PRESETS,
+    SegmentationNetwork,
+    Task,
+    build_network,
+    configure_network,
+    count_parameters,
+)
 from utnetv2_fast.models.rivals import unetr
 from utnetv2_fast.models.rivals.unetr import UNETRConfig
 
@@ -17,16 +24,7 @@ NAMES = [("r50-unet", 2), ("transunet", 2), ("swinunet", 2), ("unetr", 3), ("vt-
 
 
 def task(preset: str, in_channels: int = 1, patch_size: tuple[int, ...] | None = None) -> Task:
-    chosen = PRESETS[preset]
-    return Task(
-        dimensions=chosen.dimensions,
-        in_channels=in_channels,
-        num_classes=4,
-        patch_size=patch_size or chosen.input_size,
-        scales=chosen.fields["scales"],
-        kernel_sizes=chosen.fields["kernel_sizes"],
-        fields=chosen.fields,
-    )
+    return PRESETS[preset].task(in_channels, 4, patch_size)
 
 
 def small(name: str, dimensions: int, in_channels: int = 1) -> SegmentationNetwork:
