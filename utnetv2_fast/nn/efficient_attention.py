@@ -1,6 +1,7 @@
 """What B-MHA is compared with: efficient attention of UTNetV1 (paper Eq. 4), and no attention at all.
 
-Both take and give a token map (B, C, *spatial) alone, and fill the place of B-MHA in a pre-norm block.
+Both take and give a token map (B, C, *spatial) alone, and fill the place of B-MHA in a pre-norm block. The former also
+joins coarse and skipped token maps in UTNetV1.
 """
 
 from __future__ import annotations
