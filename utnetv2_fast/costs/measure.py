@@ -80,7 +80,7 @@ def in_a_process(module: str, function: str, *arguments: object) -> Any:
 
 def _how_it_ended(result: subprocess.CompletedProcess[str]) -> str:
     if result.returncode < 0:
-        return f"the process that measures was ended by {signal.Signals(-result.returncode).name}"
+        return f"The process that measures was ended by {signal.Signals(-result.returncode).name}"
     lines = result.stderr.strip().splitlines()  # the last line of a traceback is what was raised
     why = lines[-1].rstrip(".") if lines else f"it ended with {result.returncode}"
-    return f"the process that measures failed: {why}"
+    return f"The process that measures failed: {why}"
