@@ -1,8 +1,8 @@
 // Depthwise convolution, 2D and 3D, stride 1, zero 'same' padding: every channel with its own kernel.
 //
 //   out[z, y, x] = bias + sum over taps (a, b, c) of weight[a, b, c] * in[z + a - A/2, y + b - B/2, x + c - C/2]
-// where in, given a scale and a shift of every sample and channel, is [ReLU](x * scale + shift): a normalisation in front
-// costs nothing here and is nowhere written to memory. And
+// where in, given a scale and a shift of every sample and channel, is [ReLU](x * scale + shift): a normalisation in
+// front costs nothing here and is nowhere written to memory. And
 //
 //   grad_weight[a, b, c] = sum over (z, y, x) of grad_out[z, y, x] * in[z + a - A/2, y + b - B/2, x + c - C/2]
 //
@@ -14,12 +14,12 @@
 //   out[j] += weight[t] * plane[j + offset[t]]
 //
 // runs with eight vectors of accumulators and no edge cases. With channels-last maps a vector holds channels of one
-// position, and what a row gives goes straight into the output. With all others a vector holds positions of one channel:
-// the range runs on from row to row, and what it computes between them is not copied out.
+// position, and what a row gives goes straight into the output. With all others a vector holds positions of one
+// channel: the range runs on from row to row, and what it computes between them is not copied out.
 //
-// A channels-last map in 2D is taken as planes of one row each, so that every row is copied in once here too. A piece has
-// few channels of every position, and what it needs next lies far apart in memory: no processor foresees that, and so it
-// is fetched ahead.
+// A channels-last map in 2D is taken as planes of one row each, so that every row is copied in once here too. A piece
+// has few channels of every position, and what it needs next lies far apart in memory: no processor foresees that, and
+// so it is fetched ahead.
 #include "kernel_tools.hpp"
 #include "kernels.hpp"
 #include "map.hpp"
@@ -33,8 +33,8 @@ namespace {
 constexpr int64_t PLANES_BYTES = 384 << 10;  // of the planes of a piece: most of a second cache of today's smaller ones
 constexpr int64_t PIECES = 32;               // at least, where the shape allows: enough for many threads
 constexpr int64_t LINE = 64;                 // bytes of a cache line
-// Bytes of one position's channels that a piece takes: positions lie a power of two apart, and single lines of them would
-// fall on few sets of the caches and touch a page for little.
+// Bytes of one position's channels that a piece takes: positions lie a power of two apart, and single lines of them
+// would fall on few sets of the caches and touch a page for little.
 constexpr int64_t CHANNEL_BYTES = 256;
 constexpr int64_t AHEAD = 16;                // positions between what is used and what is fetched, channels-last
 constexpr int64_t UNROLL = 8;                // vectors of accumulators: products take four cycles, two start in each
@@ -53,6 +53,9 @@ struct Geometry {
     int64_t pieces() const { return batch * channel_pieces * slabs * bands; }
     int64_t taps() const { return taps_d * taps_h * taps_w; }
     int64_t channels_of_piece() const { return lanes * groups; }
+    // Vectors that have any of `channels`: in the last piece there may be fewer than `groups`, and the planes of the
+    // others are never written.
+    int64_t used_groups(int64_t channels) const { return divide_up(channels, lanes); }
     // Elements of a plane of `rows` rows; the slack is what the last vectors of a sweep reach beyond it.
     template <class A>
     int64_t plane(int64_t rows) const {
@@ -75,7 +78,8 @@ Geometry make_geometry(const Tensor& x, const Tensor& weight) {
     g.depth = depth(x.sizes), g.height = height(x.sizes), g.width = x.sizes[last];
     g.taps_d = depth(weight.sizes), g.taps_h = height(weight.sizes), g.taps_w = weight.sizes[last];
     g.lanes = g.channels_last ? LANES<A> : 1;
-    g.groups = g.channels_last ? smaller(CHANNEL_BYTES / int64_t(sizeof(T)) / g.lanes, divide_up(g.channels, g.lanes)) : 1;
+    const int64_t most = CHANNEL_BYTES / int64_t(sizeof(T)) / g.lanes;
+    g.groups = g.channels_last ? smaller(most, divide_up(g.channels, g.lanes)) : 1;
     g.pitch = g.width + g.taps_w - 1;
     g.channel_pieces = divide_up(g.channels, g.channels_of_piece());
 
@@ -118,7 +122,8 @@ Piece make_piece(const Geometry& g, int64_t i) {
     return p;
 }
 
-// What is applied to the elements of a piece as they are copied in, for every channel of a piece; nothing without `scale`.
+// What is applied to the elements of a piece as they are copied in, for every channel of a piece; nothing without
+// `scale`.
 template <class A>
 struct Prologue {
     A *scale = nullptr, *shift = nullptr;  // (groups, LANES), or the one channel's, broadcast
@@ -164,7 +169,7 @@ void copy_row_in(const Geometry& g, const T* from, const Map<T>& map, const Prol
             if (rest) store(to + full * group, prologue(load_part(from + full * lanes, rest), full));
         }
     } else {
-        for (int64_t c = 0; c < g.channels_of_piece(); ++c) {
+        for (int64_t c = 0; c < lanes * g.used_groups(channels); ++c) {
             A* lane = to + c / lanes * group + c % lanes;
             const T* channel = from + c * map.c;
             for (int64_t x = 0; x < g.width; ++x)
@@ -287,8 +292,8 @@ inline void correlate_positions(Vec<A> start, int64_t taps, const A* const* sour
 
 // One row of a channels-last output; the last block overlaps the one before.
 template <class T, class A>
-void correlate_row(Vec<A> start, int64_t taps, const A* const* source, const A* weight, int64_t j, int64_t width, T* out,
-                   int64_t step, int64_t channels) {
+void correlate_row(Vec<A> start, int64_t taps, const A* const* source, const A* weight, int64_t j, int64_t width,
+                   T* out, int64_t step, int64_t channels) {
     const auto sweep = [&](auto count) {
         constexpr int64_t block = decltype(count)::value;
         for (int64_t x = 0; x < width; x += block) {
@@ -418,7 +423,7 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
         for (int64_t z = p.z0; z < p.z1; ++z) {
             ring.reach(z);
             T* row = to.data + p.sample * to.b + p.channel * to.c + z * to.d + p.y0 * to.h;
-            for (int64_t k = 0; k < divide_up(p.channels, g.lanes); ++k) {
+            for (int64_t k = 0; k < g.used_groups(p.channels); ++k) {
                 const int64_t used = for_taps(g, z, [&](int64_t t, int64_t a, int64_t b, int64_t c) {
                     sources[t] = ring.slot(z + a - g.taps_d / 2) + k * ring.group + (b * g.pitch + c) * g.lanes;
                     const int64_t tap = (a * g.taps_h + b) * g.taps_w + c;
@@ -470,7 +475,7 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
             copy_plane_in(g, grad, Prologue<A>{}, p, z, p.y0, p.rows(), 0, grads, plane);
             const int64_t count = p.rows() * g.pitch * g.lanes;
             const int64_t first = larger(g.taps_d / 2 - z, int64_t(0)) * g.taps_h * g.taps_w;
-            for (int64_t k = 0; k < g.groups; ++k) {
+            for (int64_t k = 0; k < g.used_groups(p.channels); ++k) {
                 const int64_t used = for_taps(g, z, [&](int64_t t, int64_t a, int64_t b, int64_t c) {
                     sources[t] = ring.slot(z + a - g.taps_d / 2) + k * ring.group + (b * g.pitch + c) * g.lanes;
                 });

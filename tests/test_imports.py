@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import utnetv2_fast
 
 HEAVY = ("torch", "numpy", "scipy", "nibabel", "matplotlib", "pydantic", "jinja2", "triton", "utnetv2_fast._C")
 OPTIONAL = ("matplotlib", "triton", "monai", "einops", "utnetv2_fast._C")
@@ -25,6 +29,13 @@ def test_the_package_and_its_help_load_nothing_heavy(statement: str) -> None:
 @pytest.mark.parametrize("module", ["ops", "models", "training", "inference"])
 def test_libraries_load_nothing_optional(module: str) -> None:
     run_fresh(f"import sys, utnetv2_fast.{module}\nfound = set({OPTIONAL}) & set(sys.modules)\nassert not found, found")
+
+
+def test_evaluation_needs_nothing_that_is_built_on_it() -> None:
+    above = ("attention_figures", "costs", "study", "training", "inference", "inspection", "cli")
+    imports = re.compile(rf"^\s*(from|import) utnetv2_fast\.({'|'.join(above)})\b", re.MULTILINE)
+    for file in (Path(utnetv2_fast.__file__).parent / "evaluation").glob("*.py"):
+        assert not imports.search(file.read_text("utf-8")), file.name
 
 
 def test_operators_run_and_compile_without_triton_and_extension() -> None:

@@ -25,11 +25,14 @@ from utnetv2_fast.inspection import (
     similarity,
     summarise,
 )
-from utnetv2_fast.models import UTNetV2
+from utnetv2_fast.models import NETWORKS, PRESETS, UTNetV2, build_network
 from utnetv2_fast.nn.bidirectional_attention import BidirectionalAttention, split_heads
 from utnetv2_fast.ops import reference
 
 STAGES = ["encoder-2", "encoder-3", "encoder-4", "decoder-3", "decoder-2"]
+
+
+TASK = PRESETS["tiny-2d"].task(in_channels=1, num_classes=4)
 
 
 def network(preset: str, impl: str = "auto", **changes: object) -> UTNetV2:
@@ -88,6 +91,19 @@ def test_weights_are_those_of_the_reference(spatial: tuple[int, ...]) -> None:
     torch.testing.assert_close(attention.down_sampled((1,) * len(spatial)), pooled)
 
 
+def test_weights_have_the_bias_for_relative_positions() -> None:
+    module = BidirectionalAttention(8, 12, 3, (3, 3), positions=(2, 3)).double().eval()
+    assert module.bias is not None
+    module.bias.table.data.mul_(100)
+    x, semantic_map = torch.randn(2, 8, 4, 5).double(), torch.randn(2, 12, 6).double()
+    maps: list[torch.Tensor] = []
+    assert module.map_out is not None
+    module.map_out.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
+    with torch.no_grad(), observed(module) as seen:
+        module(x, semantic_map)
+    torch.testing.assert_close(seen[0].aggregated(), maps[0])
+
+
 def test_a_network_is_left_as_it_was_when_it_fails() -> None:
     model = network("tiny-2d")
     with pytest.raises(ValueError, match="channels"), observed(model):
@@ -111,6 +127,14 @@ def test_stages_are_chosen_by_name() -> None:
     assert choose_stages(model, ["decoder-3"]) == ["decoder-3"]
     with pytest.raises(InputError, match="choose among encoder-2, encoder-3, encoder-4, decoder-3"):
         choose_stages(model, ["decoder-2"])
+    hybrid, alone = (build_network(NETWORKS[name].configure(TASK, 0)).eval() for name in ("map-2", "bmha-at-2x"))
+    assert choose_stages(hybrid, ["decoder-3"]) == ["decoder-3"]
+    assert [(a.stage, a.block) for a in attention_maps(hybrid, torch.randn(1, 1, 64, 64))] == [
+        (stage, 1) for stage in STAGES
+    ]
+    assert [(a.stage, a.block) for a in attention_maps(alone, torch.randn(1, 1, 32, 32))] == [
+        (stage, block) for stage in ("encoder-1", "decoder-1") for block in (1, 2)
+    ]
     with pytest.raises(InputError, match="no bidirectional attention"):
         choose_stages(nn.Conv2d(1, 1, 1), [])
 
@@ -143,14 +167,17 @@ def test_a_window_of_a_volume_is_shown_by_its_slice(tmp_path: Path, patch_size: 
         dimensions=3,
         labels={"background": 0, "RV": 1, "MYO": 2, "LV": 3},
         channels=("MRI",),
-        axes=(0, 1, 2),
+        axes=(2, 1, 0),
+        slices_first=True,
         spacing=(4.0, 4.0, 4.0),
         median_shape=(20, 64, 64),
         normalisation=("zscore",),
         intensities=(known,),
     )
     predictor = Predictor([network("tiny-3d")], plan, patch_size, torch.device("cpu"))
-    inspection = inspect_case(predictor, list_scans([tmp_path / "imagesTr"], 1)[0])
+    (case,) = list_scans([tmp_path / "imagesTr"], 1)[:1]
+    inspection = inspect_case(predictor, case)
+    assert inspection.axes == (1, 2)  # across the scan's own slices, not the plan's
     shape = inspection.image.shape
     assert inspection.label.shape == shape
     assert all(n <= p for n, p in zip(shape, patch_size[1:], strict=True))

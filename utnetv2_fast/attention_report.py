@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from utnetv2_fast.evaluation.attention import draw_block, draw_overview, draw_similarity, last_blocks
+from utnetv2_fast.attention_figures import draw_block, draw_overview, draw_similarity, last_blocks
 from utnetv2_fast.evaluation.figures import png, write_png
 from utnetv2_fast.files import atomic_write, write_text_atomically
 from utnetv2_fast.inspection import Inspection, summarise

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from utnetv2_fast.costs.figures import draw_networks, draw_operators
 from utnetv2_fast.costs.networks import NetworkCost, as_json
 from utnetv2_fast.costs.operators import Growth
 from utnetv2_fast.costs.tables import csv_text, growth_records, markdown, network_rows, operator_rows
-from utnetv2_fast.evaluation.cost_figures import draw_networks, draw_operators
 from utnetv2_fast.evaluation.figures import png, write_png
 from utnetv2_fast.files import write_text_atomically
 

@@ -23,18 +23,19 @@ from torch.nn import functional as F
 from utnetv2_fast.data.dataset import Case
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.inference.predict import Predictor, read_and_preprocess
+from utnetv2_fast.models.config import LEVELS
+from utnetv2_fast.models.hybrid import HybridUNet
 from utnetv2_fast.nn.bidirectional_attention import BidirectionalAttention, split_heads
 from utnetv2_fast.nn.channels import halves
 
-_BLOCK_OF_UTNETV2 = re.compile(r"(down|up)\.(\d+)\.blocks\.(\d+)\.attention")
+_BLOCK = re.compile(r"(down|up)\.(\d+)\.blocks\.(\d+)\.attention")
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
     """What one B-MHA module computed.
 
-    stage        "encoder-2" to "encoder-4", "decoder-3" and "decoder-2" by the level of the U; in other networks the
-                 module's own name
+    stage        "encoder-2", "decoder-3" and so on by the level of the U; in a module of other shape its own name
     block        in its stage, from 1
     updates_map  whether the network has a use for `weights`; the last block's semantic map goes nowhere
     scores       (B, H, l, *spatial), of semantic tokens and positions, scaled; float32 or better
@@ -76,7 +77,7 @@ def observed(model: nn.Module) -> Iterator[list[Attention]]:
     seen: list[Attention] = []
     modules = {name: module for name, module in model.named_modules() if isinstance(module, BidirectionalAttention)}
     for name, module in modules.items():
-        vars(module)["attend"] = partial(_attend_and_note, module, name, seen)
+        vars(module)["attend"] = partial(_attend_and_note, module, *_place(model, name), seen)
     try:
         yield seen
     finally:
@@ -85,28 +86,30 @@ def observed(model: nn.Module) -> Iterator[list[Attention]]:
 
 
 def _attend_and_note(
-    module: BidirectionalAttention, name: str, seen: list[Attention], qv: Tensor, semantic_map: Tensor
+    module: BidirectionalAttention, stage: str, block: int, seen: list[Attention], qv: Tensor, semantic_map: Tensor
 ) -> tuple[Tensor, Tensor | None]:
+    spatial = tuple(qv.shape[2:])
     with torch.no_grad():
         map_q, _ = module.map_qv(semantic_map).chunk(2, dim=1)
         with torch.autocast(qv.device.type, enabled=False):
             dtype = torch.promote_types(qv.dtype, torch.float32)
             q, v, map_q = (split_heads(t.to(dtype), module.heads) for t in (*halves(qv), map_q))
             scores = map_q @ q.mT * q.shape[-1] ** -0.5  # (B, H, l, n)
-    spatial = tuple(qv.shape[2:])
-    stage, block = _place(name)
+            if module.bias is not None:
+                scores = scores + module.bias(spatial).mT
     seen.append(
         Attention(stage, block, module.map_out is not None, scores.unflatten(-1, spatial), v.mT.unflatten(-1, spatial))
     )
     return BidirectionalAttention.attend(module, qv, semantic_map)
 
 
-def _place(name: str) -> tuple[str, int]:
-    """Stage and block of the module called `name`."""
-    if not (found := _BLOCK_OF_UTNETV2.fullmatch(name)):
+def _place(model: nn.Module, name: str) -> tuple[str, int]:
+    """Stage and block of the module called `name` in `model`."""
+    if not (found := _BLOCK.fullmatch(name)):
         return name, 1
     side, stage, block = found[1], int(found[2]), int(found[3])
-    return (f"encoder-{2 + stage}" if side == "down" else f"decoder-{3 - stage}"), block + 1
+    highest = 1 if isinstance(model, HybridUNet) else 2  # UTNetV2 lists the convolutional stages apart
+    return (f"encoder-{highest + stage}" if side == "down" else f"decoder-{LEVELS - 2 - stage}"), block + 1
 
 
 @torch.no_grad()
@@ -205,7 +208,9 @@ def choose_stages(model: nn.Module, names: Sequence[str]) -> list[str]:
     if not modules:
         network = getattr(getattr(model, "config", None), "architecture", type(model).__name__)
         raise InputError(f"The network {network} has no bidirectional attention to show; name a run of utnetv2.")
-    stages = list(dict.fromkeys(_place(name)[0] for name, module in modules.items() if module.map_out is not None))
+    stages = list(
+        dict.fromkeys(_place(model, name)[0] for name, module in modules.items() if module.map_out is not None)
+    )
     for name in names:
         if name not in stages:
             raise InputError(f"There is no level {name!r} whose tokens attend; choose among {', '.join(stages)}.")
@@ -219,10 +224,9 @@ def inspect_case(predictor: Predictor, case: Case) -> Inspection:
     Raises InputError for a scan that cannot be used, and a network without bidirectional attention.
     """
     model, plan = predictor.models[0], predictor.plan
-
     choose_stages(model, ())
     config: Any = model.config
-    image, _, _ = read_and_preprocess(case, plan)
+    image, geometry, _ = read_and_preprocess(case, plan)
     prediction = np.stack([plane.argmax(0).cpu().numpy() for plane in predictor.probabilities(image)])  # (D, H, W)
     centre = _centre(prediction)
     size = (1, *predictor.patch_size) if plan.dimensions == 2 else predictor.patch_size
@@ -250,7 +254,7 @@ def inspect_case(predictor: Predictor, case: Case) -> Inspection:
         image=window[0, shown][plane].numpy(),
         label=(label if plan.dimensions == 2 else label[shown])[plane].numpy().astype(np.uint8),
         spacing=plan.spacing[1:],
-        axes=plan.axes[1:],
+        axes=geometry.axes[1:],
         position=f"slice {centre[0] + 1} of {len(prediction)}",
         classes=tuple(names[value] for value in range(plan.num_classes)),
         areas=(torch.bincount(covered.flatten(), minlength=plan.num_classes) / covered.numel()).numpy(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import utnetv2_fast.ops.flops  # noqa: F401
 from utnetv2_fast.costs import networks
 from utnetv2_fast.costs.networks import count, measure_networks, network_names, read_scores, task_of
 from utnetv2_fast.costs.tables import csv_text, markdown, network_rows
-from utnetv2_fast.errors import InputError
+from utnetv2_fast.errors import InputError, RunError
 from utnetv2_fast.models import NETWORKS, Task, build_network, configure_network, get_preset
 
 CPU = torch.device("cpu")
@@ -73,24 +72,25 @@ def test_a_network_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch
     choice = NETWORKS["utnetv2"]
     monkeypatch.setitem(NETWORKS, "swin", choice._replace(title="Swin UNETR", configure=absent))
     monkeypatch.setattr(networks, "in_a_process", lambda *_: {"forward_seconds": 0.5, "peak_bytes": 2**30})
-    assert network_names([], 2) == list(NETWORKS)
+    assert network_names([], 2) == [name for name, choice in NETWORKS.items() if 2 in choice.dimensions]
     costs = measure_networks(["utnetv2", "swin"], task("tiny-2d", (32, 32)), CPU)
     rows = network_rows(costs)
     assert rows[0] == ["network", "params M", "GFLOP", "forward ms", "peak GiB", "remark"]
     assert rows[1][3:] == ["500", "1.00", ""]
     assert rows[2] == ["Swin UNETR", "", "", "", "", "needs monai"]
     assert markdown(rows).count("\n") == 4
+    assert markdown([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n|---|---|\n| 1 | 2 |\n"
     assert "swin,Swin UNETR,Swin UNETR is MONAI's: pip install monai.,,,,,\r\n" in csv_text(networks.as_json(costs))
 
 
 def test_a_network_that_is_too_large_keeps_its_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*arguments: object) -> None:
-        raise subprocess.CalledProcessError(-9, "python")
+        raise RunError("the process was ended by SIGKILL.")
 
     monkeypatch.setattr(networks, "in_a_process", killed)
     (cost,) = measure_networks(["utnetv2"], task("tiny-2d", (32, 32)), CPU)
     assert cost.problem is not None
-    assert "ended with -9" in cost.problem
+    assert "ended by SIGKILL" in cost.problem
     assert cost.parameters is not None
     assert cost.forward_seconds is None
 
@@ -98,8 +98,8 @@ def test_a_network_that_is_too_large_keeps_its_counts(monkeypatch: pytest.Monkey
 def test_sizes_and_names_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="3 positive numbers"):
         task_of(get_preset("tiny-3d"), (32, 32), 1, 4)
-    with pytest.raises(InputError, match="no network 'unet'"):
-        network_names(["unet"], 2)
+    with pytest.raises(InputError, match="no network 'unetr' in 2D"):
+        network_names(["unetr"], 2)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,7 @@ def test_sizes_and_names_that_do_not_fit_are_refused() -> None:
         ("network,dice\na\n", "needs the columns"),
         ("network,dice\na,91\n", "between 0 and 1"),
         ("network,dice\n", "at least one line"),
+        ("network,dice,class\na,0.9,RV\na,0.8,LV\n", "several lines for one network; .* scores.csv"),
     ],
 )
 def test_scores_that_are_none_are_refused(text: str, message: str, tmp_path: Path) -> None:

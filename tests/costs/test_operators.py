@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import utnetv2_fast.ops.flops  # noqa: F401
 from utnetv2_fast.costs import operators
+from utnetv2_fast.costs.measure import in_a_process
 from utnetv2_fast.costs.operators import (
     KERNEL,
     MAP_SIDE,
@@ -25,6 +26,7 @@ from utnetv2_fast.costs.operators import (
     measure_operators,
 )
 from utnetv2_fast.costs.tables import growth_records, operator_rows
+from utnetv2_fast.errors import RunError
 from utnetv2_fast.nn.bidirectional_attention import merge_heads, split_heads
 
 CPU = torch.device("cpu")
@@ -97,8 +99,34 @@ def test_every_operator_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row[3] for row in rows[1:]} == {"16²"}
 
 
+def test_memory_grows_over_sizes_that_take_more_than_the_process_itself() -> None:
+    def memory(*peaks: int | None) -> float:
+        positions = [16, 64, 256, 1024][: len(peaks)]
+        ones = [1] * len(peaks)
+        return Growth("a", "a", "n", 1, 1, "d", positions, [1.0] * len(peaks), list(peaks), ones).exponents["memory"]
+
+    assert memory(1000, 1001, 4000, 16000) == pytest.approx(1)
+    assert math.isnan(memory(1000, 1001, 1400, 4000))
+    assert math.isnan(memory(0, 1000, 1000, 1400))
+    assert math.isnan(memory(None, None))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL; a smaller batch"),
+        ("raise MemoryError('no room')", "failed: MemoryError: no room; a smaller batch"),
+        ("raise SystemExit(3)", "failed: it ended with 3; a smaller batch"),
+    ],
+)
+def test_a_process_that_ends_early_is_a_failure_in_one_sentence(code: str, message: str) -> None:
+    with pytest.raises(RunError, match=message) as failure:
+        in_a_process("builtins", "exec", code)
+    assert "\n" not in str(failure.value)
+
+
 def test_a_row_says_where_it_stopped() -> None:
-    whole = Growth("a", "a", "n", 1, 1, "d", [64, 256], [1.0, 4.0], [10, 40], [1, 4])
+    whole = Growth("a", "a", "n", 1, 1, "d", [16, 64, 256], [0.25, 1.0, 4.0], [2, 10, 40], [1, 4, 16])
     short = Growth("b", "b", "n²", 1, 1, "d", [64], [1.0], [None], [1])
     _, first, second = operator_rows([whole, short])
     assert first[3:7] == ["16²", "1.00", "1.00", "1.00"]

@@ -20,12 +20,14 @@ from utnetv2_fast.models import (
     UTNetV2,
     build_network,
     configure_network,
+    count_parameters,
 )
-from utnetv2_fast.models.ablations import POSITIONS, VARIANTS
-from utnetv2_fast.models.networks import count_parameters
+from utnetv2_fast.models.ablations import VARIANTS
+from utnetv2_fast.nn.convolution import ResidualBlock
+from utnetv2_fast.nn.efficient_attention import AttendingSkipConnection, EfficientAttention, TokenBlock
 
 RIVALS = ["unet", "unet++", "attention-unet", "resunet", "attention-resunet", "nnunet", "utnetv1"]
-OF_THIS_TEST = [*RIVALS, *POSITIONS, *VARIANTS]
+OF_THIS_TEST = [*RIVALS, *VARIANTS]
 CASES = [(name, d) for name in OF_THIS_TEST for d in NETWORKS[name].dimensions]
 
 
@@ -86,7 +88,7 @@ def test_rivals_have_their_published_parameters(name: str, preset: str, millions
 @pytest.mark.parametrize("preset", ["tiny-2d", "tiny-3d"])
 def test_rivals_of_a_small_preset_have_as_many_parameters_as_utnetv2(preset: str) -> None:
     wanted = count_parameters(configure_network("utnetv2", task(preset)))
-    for name in (*RIVALS, *POSITIONS):
+    for name in RIVALS:
         if PRESETS[preset].dimensions in NETWORKS[name].dimensions:
             count = count_parameters(configure_network(name, task(preset), equal_parameters=True))
             assert count == pytest.approx(wanted, rel=0.2), name
@@ -96,13 +98,55 @@ def test_ablations_name_networks_in_2d_and_3d() -> None:
     assert set(ABLATIONS) == {"ladder", "position", "map-size", "attention"}
     for name in {name for group in ABLATIONS.values() for name in group}:
         assert NETWORKS[name].dimensions == (2, 3)
+        assert NETWORKS[name].width is None
         for preset in ("acdc-2d", "lits-3d"):
             count_parameters(configure_network(name, task(preset)))
+
+
+def test_every_group_has_what_the_others_are_tested_against() -> None:
+    assert all("utnetv2" in group for group in ABLATIONS.values())
+
+
+@pytest.mark.parametrize("preset", ["acdc-2d", "bcv-3d", "tiny-3d"])
+def test_variants_differ_from_utnetv2_in_blocks_and_maps_alone(preset: str) -> None:
+    """Not in skeleton, channels, depth or kernels."""
+    of_preset = PRESETS[preset].fields
+    same = ("channels", "scales", "kernel_sizes", "norm", "expansion", "reduce_skip")
+    for name in VARIANTS:
+        config = configure_network(name, task(preset), equal_parameters=True).model_dump()
+        assert config["skeleton"] == "utnetv2"
+        assert config["blocks"] == (2, *of_preset["blocks"])
+        assert config["heads"][1:] == of_preset["heads"]
+        assert {field: config[field] for field in same} == {field: of_preset[field] for field in same}, name
 
 
 def test_each_rung_of_the_ladder_is_another_network() -> None:
     counts = [count_parameters(configure_network(name, task("acdc-2d"))) for name in ABLATIONS["ladder"]]
     assert len(set(counts)) == len(counts)
+
+
+def test_utnetv1_interleaves_residual_blocks_and_transformers() -> None:
+    network: Any = build_network(small("utnetv1", 2))
+    for stage in network.down:
+        assert [type(block) for block in stage.blocks] == [ResidualBlock, TokenBlock]
+    for stage in network.up[:3]:
+        assert isinstance(stage.skip, AttendingSkipConnection)
+        assert [type(block) for block in stage.blocks] == [ResidualBlock]
+    assert {m.reduction for m in network.modules() if isinstance(m, EfficientAttention)} == {"linear"}
+
+
+def test_skipped_tokens_attend_to_the_coarse_map() -> None:
+    skip = AttendingSkipConnection(6, 4, 2, (2, 2), 2, "instance", reduction="linear").double()
+    coarse, fine = torch.randn(1, 6, 5, 3).double(), torch.randn(1, 4, 10, 6).double()
+    attention = skip.attention
+    q = attention.q(skip.skip_norm(fine)).flatten(2).unflatten(1, (2, 2)).mT  # (B, H, n, d)
+    corners = attention.kv(skip.coarse_norm(coarse))[:, :, ::4, ::2]
+    k, v = (t.flatten(2).unflatten(1, (2, 2)).mT for t in corners.chunk(2, 1))
+    attended = (q @ k.mT / math.sqrt(2)).softmax(-1) @ v
+    expected = attention.out(attended.mT.flatten(1, 2).unflatten(2, (10, 6)))
+    enlarged = F.interpolate(skip.project(coarse), (10, 6), mode="bilinear", align_corners=True)
+    expected = torch.cat([skip.feed_forward(expected + enlarged), fine], 1)
+    torch.testing.assert_close(skip(coarse, fine), expected)
 
 
 @pytest.mark.parametrize(("name", "dimensions"), CASES)
@@ -221,6 +265,17 @@ def _in_monais_order(network: torch.nn.Module) -> list[torch.nn.Parameter]:
     return ordered
 
 
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_all_convolutions_of_nnunet_begin_as_its_own(dimensions: int) -> None:
+    network: Any = build_network(configure_network("nnunet", task(f"tiny-{dimensions}d")))
+    for conv in (network.enlarge[0], network.down[-1][3]):
+        fan_in = conv.weight[0].numel()
+        expected = math.sqrt(2 / (1 + 0.01**2) / fan_in)
+        assert conv.weight.std().item() == pytest.approx(expected, rel=0.05)
+    assert not network.head.bias.any()
+    assert not network.auxiliary_head.bias.any()
+
+
 def test_nnunet_goes_on_halving_long_axes() -> None:
     config = configure_network("nnunet", task("acdc-3d"))  # 16 x 192 x 192: 4 x 12 x 12 after four down-samplings
     assert config.scales[4:] == ((1, 2, 2),)
@@ -259,7 +314,7 @@ def test_bad_configuration_is_refused(name: str, changes: dict[str, object], mes
 
 def test_impl_is_honoured() -> None:
     """A backend that cannot run is refused by name, not replaced."""
-    for name in ("utnetv1", "utnetv1-conv", "bmha", "utnetv2-identity"):
+    for name in ("utnetv1", "efficient", "efficient-conv", "bmha", "utnetv2-identity"):
         config = small(name, 2).model_copy(update={"impl": "triton"})
         network = build_network(config).double()
         with pytest.raises(NotImplementedError):
@@ -269,4 +324,4 @@ def test_impl_is_honoured() -> None:
 def test_variants_of_the_map_size_have_it_on_every_axis() -> None:
     for n in (2, 3, 4, 8):
         assert math.prod(small(f"map-{n}", 3).map_size) == n**3
-        assert small(f"conv-map-{n}", 2).map_size == (n, n)
+        assert small(f"efficient-conv-map-{n}", 2).map_size == (n, n)

@@ -89,21 +89,9 @@ def _networks() -> dict[str, dict[str, Any]]:
 
     None stands for the parameters of a network that needs a package which is not installed.
     """
-    from utnetv2_fast.models import NETWORKS, Task, configure_network, get_preset
-    from utnetv2_fast.models.networks import count_parameters
+    from utnetv2_fast.models import NETWORKS, Task, configure_network, count_parameters, get_preset
 
-    tasks = {
-        name: Task(
-            dimensions=preset.dimensions,
-            in_channels=1,
-            num_classes=4,
-            patch_size=preset.input_size,
-            scales=preset.fields["scales"],
-            kernel_sizes=preset.fields["kernel_sizes"],
-            fields=preset.fields,
-        )
-        for name, preset in ((name, get_preset(name)) for name in COMPARED)
-    }
+    tasks = {name: get_preset(name).task(in_channels=1, num_classes=4) for name in COMPARED}
 
     def parameters(network: str, task: Task) -> int | None:
         try:

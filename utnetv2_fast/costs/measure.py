@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from utnetv2_fast.errors import RunError
 from utnetv2_fast.memory import keep_freed_memory, largest_size
 
 Run = Callable[[], object]
@@ -65,7 +67,20 @@ class PeakMemory:
 
 
 def in_a_process(module: str, function: str, *arguments: object) -> Any:
-    """What that function of a module returns (JSON types), called with plain arguments in a fresh process."""
+    """What that function of a module returns (JSON types), called with plain arguments in a fresh process.
+
+    Raises RunError when that process fails or is killed.
+    """
     code = f"import json, {module}; print(json.dumps({module}.{function}(*{arguments!r})))"
-    result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RunError(f"{_how_it_ended(result)}; a smaller batch or size takes less memory.")
     return json.loads(result.stdout)
+
+
+def _how_it_ended(result: subprocess.CompletedProcess[str]) -> str:
+    if result.returncode < 0:
+        return f"The process that measures was ended by {signal.Signals(-result.returncode).name}"
+    lines = result.stderr.strip().splitlines()  # the last line of a traceback is what was raised
+    why = lines[-1].rstrip(".") if lines else f"it ended with {result.returncode}"
+    return f"The process that measures failed: {why}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import utnetv2_fast.ops.flops  # noqa: F401 (so that our operators are counted)
 from utnetv2_fast.costs.measure import PeakMemory, in_a_process, shortest
-from utnetv2_fast.errors import InputError
+from utnetv2_fast.errors import InputError, RunError
 from utnetv2_fast.files import read_bounded
 from utnetv2_fast.models import (
     NETWORKS,
@@ -65,15 +64,7 @@ def task_of(preset: Preset, size: Sequence[int] | None, in_channels: int, num_cl
     """
     if size is not None and (len(size) != preset.dimensions or min(size) < 1):
         raise InputError(f"--size needs {preset.dimensions} positive numbers for this preset, such as 64x64.")
-    return Task(
-        dimensions=preset.dimensions,
-        in_channels=in_channels,
-        num_classes=num_classes,
-        patch_size=tuple(size or preset.input_size),
-        scales=preset.fields["scales"],
-        kernel_sizes=preset.fields["kernel_sizes"],
-        fields=preset.fields,
-    )
+    return preset.task(in_channels, num_classes, size)
 
 
 def network_names(names: Sequence[str], dimensions: int) -> list[str]:
@@ -115,9 +106,8 @@ def _measure(
             measured = in_a_process("utnetv2_fast.costs.networks", "time_and_peak", *arguments, torch.get_num_threads())
         else:
             measured = time_and_peak(*arguments)
-    except subprocess.CalledProcessError as ended:
-        reason = f"its process ended with {ended.returncode}; a smaller batch or size takes less memory"
-        return NetworkCost(name, title, reason, parameters, flops)
+    except RunError as problem:
+        return NetworkCost(name, title, str(problem), parameters, flops)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         reason = "the memory of the GPU does not suffice; a smaller batch or size takes less"
@@ -175,15 +165,21 @@ def as_json(costs: Sequence[NetworkCost]) -> list[dict[str, Any]]:
 def read_scores(file: Path) -> dict[str, float]:
     """{network: Dice} of a CSV file with these columns.
 
-    Raises InputError when it is not there, lacks a column, or holds something else than numbers from 0 to 1.
+    Raises InputError when it is not there, lacks a column, names a network twice, or holds something else than numbers
+    from 0 to 1.
     """
     try:
         lines = read_bounded(file, _LARGEST_SCORES).decode("utf-8-sig").splitlines()
-        scores = {row["network"]: float(row["dice"]) for row in csv.DictReader(lines, strict=True)}
+        rows = [(row["network"], float(row["dice"])) for row in csv.DictReader(lines, strict=True)]
     except OSError:
         raise InputError(f"{file}: no such file; name a CSV file with the columns network and dice.") from None
     except (KeyError, TypeError, ValueError, csv.Error):
         raise InputError(f"{file}: needs the columns network and dice, a name and a number in each line.") from None
+    scores = dict(rows)
+    if len(scores) < len(rows):
+        raise InputError(
+            f"{file}: has several lines for one network; give one for each, as the scores.csv of a study has."
+        )
     if not scores or not all(0 <= dice <= 1 and math.isfinite(dice) for dice in scores.values()):
         raise InputError(f"{file}: Dice must lie between 0 and 1; give at least one line.")
     return scores

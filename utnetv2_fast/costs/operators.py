@@ -22,6 +22,8 @@ from utnetv2_fast.progress import Track, silent
 KERNEL, WINDOW, MAP_SIDE, HEAD_CHANNELS = 3, 8, 3, 32
 SIDES = (16, 24, 32, 48, 64, 96, 128)
 _FITTED = 4  # the largest sizes, over which a power of n is fitted
+# Memory of a process counts from this multiple of its smallest measured peak: below it is what any size takes.
+_BEYOND_BASELINE = 1.5
 _MOST_BYTES = 4 * 2**30
 
 
@@ -179,8 +181,18 @@ class Growth:
         """The powers of n by which time, memory and the formula grow over the largest sizes."""
         return {
             name: fitted_exponent(self.positions, values)
-            for name, values in (("time", self.seconds), ("memory", self.bytes), ("paper", self.operations))
+            for name, values in (
+                ("time", self.seconds),
+                ("memory", _beyond_baseline(self.bytes)),
+                ("paper", self.operations),
+            )
         }
+
+
+def _beyond_baseline(peaks: Sequence[int | None]) -> list[int | None]:
+    """The peaks that show what a size takes; None for the others."""
+    least = min((peak for peak in peaks if peak), default=0)
+    return [peak if peak and peak > _BEYOND_BASELINE * least else None for peak in peaks]
 
 
 def fitted_exponent(positions: Sequence[int], values: Sequence[float | None]) -> float:

@@ -53,7 +53,7 @@ def operator_rows(growths: Sequence[Growth]) -> Rows:
 
 def markdown(rows: Rows) -> str:
     """The rows as a Markdown table."""
-    header, *others = (f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+    header, *others = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return "\n".join([header, "|" + "---|" * len(rows[0]), *others]) + "\n"
 
 

@@ -18,7 +18,13 @@ from utnetv2_fast.models.network import SegmentationNetwork
 from utnetv2_fast.models.task import Task
 from utnetv2_fast.nn.bidirectional_attention import BidirectionalAttentionBlock
 from utnetv2_fast.nn.convolution import ConvNormAct, MBConv, Perceptron, ResidualBlock, make_conv
-from utnetv2_fast.nn.efficient_attention import EfficientAttention, IdentityAttention, TokenBlock
+from utnetv2_fast.nn.efficient_attention import (
+    AttendingSkipConnection,
+    EfficientAttention,
+    IdentityAttention,
+    Reduction,
+    TokenBlock,
+)
 from utnetv2_fast.nn.semantic_map import SemanticMapFusion, SemanticMapGeneration
 from utnetv2_fast.nn.stages import (
     AttentionGate,
@@ -30,8 +36,9 @@ from utnetv2_fast.nn.stages import (
 )
 
 ConvolutionalBlock = Literal["plain", "residual"]
-Block = Literal["plain", "residual", "efficient", "efficient-conv", "bidirectional", "identity"]
+Block = Literal["plain", "residual", "efficient", "efficient-conv", "interleaved", "bidirectional", "identity"]
 _CONVOLUTIONAL = ("plain", "residual")
+_TAKE_ANY_CHANNELS = (*_CONVOLUTIONAL, "interleaved")
 _PER_LEVEL = tuple[Block, Block, Block, Block]
 Configure = Callable[[Task, int], "HybridConfig"]  # a task and a width, which some disregard
 
@@ -57,8 +64,10 @@ class HybridConfig(FiveLevelConfig):
 
     plain           convolution, norm, ReLU (two make UNet's double convolution)
     residual        ResUNet's pre-activation block
-    efficient       UTNetV1's: efficient attention with linear projections, and a perceptron
+    efficient       efficient attention with linear projections, and a perceptron
     efficient-conv  the same with convolutional projections, and MBConv
+    interleaved     UTNetV1's: the same as `efficient`, with a residual block in front of the first of a level; in
+                    the decoder skipped tokens attend to coarse ones and all its blocks are residual
     bidirectional   UTNetV2's: B-MHA and MBConv
     identity        UTNetV2's with B-MHA's projections and nothing mixed between them
 
@@ -83,6 +92,7 @@ class HybridConfig(FiveLevelConfig):
     expansion: PositiveInt = Field(description="widening of the feed-forward networks")
     reduce_skip: bool
     gates: bool = Field(False, description="attention gates on the skip connections")
+    reduction: Reduction = Field("area", description="how keys and values of efficient attention are interpolated")
     relative_position: bool = Field(False, description="add a bias for the relative position to the scores of B-MHA")
     fusion: FusionConfig | None = Field(None, description="of the semantic maps of all levels that have one")
 
@@ -107,9 +117,11 @@ class HybridConfig(FiveLevelConfig):
         return self
 
 
-def _make_block(config: HybridConfig, level: int, in_channels: int, *, update_map: bool) -> nn.Module:
+def _make_block(
+    config: HybridConfig, level: int, in_channels: int, *, update_map: bool = False, kind: Block | None = None
+) -> nn.Module:
     """One block of `level`: token map -> token map, or with a semantic map beside each."""
-    kind, channels, kernel_size = config.kind(level), config.channels[level], config.kernel_sizes[level]
+    kind, channels, kernel_size = kind or config.kind(level), config.channels[level], config.kernel_sizes[level]
     norm, impl, dimensions = config.norm, config.impl, config.dimensions
     if kind == "plain":
         return ConvNormAct(in_channels, channels, kernel_size, norm)
@@ -134,17 +146,26 @@ def _make_block(config: HybridConfig, level: int, in_channels: int, *, update_ma
         )
     else:
         attention = EfficientAttention(
-            in_channels, channels, heads, kernel_size, config.map_size, convolve=kind == "efficient-conv", impl=impl
+            in_channels,
+            channels,
+            heads,
+            kernel_size,
+            config.map_size,
+            reduction=config.reduction,
+            convolve=kind == "efficient-conv",
+            impl=impl,
         )
     feed_forward: MBConv | Perceptron
-    if kind == "efficient":
+    if kind in ("efficient", "interleaved"):
         feed_forward = Perceptron(channels, dimensions, config.expansion, norm)
     else:
         feed_forward = MBConv(channels, kernel_size, config.expansion, norm, impl=impl)
     return TokenBlock(in_channels, channels, attention, feed_forward, dimensions, norm, impl=impl)
 
 
-def _make_blocks(config: HybridConfig, level: int, in_channels: int, *, last_updates_map: bool) -> nn.ModuleList:
+def _make_blocks(
+    config: HybridConfig, level: int, in_channels: int, *, last_updates_map: bool, kind: Block | None = None
+) -> nn.ModuleList:
     count = 2 if level == 0 else config.blocks[level - 1]
     return nn.ModuleList(
         _make_block(
@@ -152,9 +173,24 @@ def _make_blocks(config: HybridConfig, level: int, in_channels: int, *, last_upd
             level,
             in_channels if i == 0 else config.channels[level],
             update_map=last_updates_map or i < count - 1,
+            kind=kind,
         )
         for i in range(count)
     )
+
+
+def _make_encoder_blocks(config: HybridConfig, level: int, in_channels: int, *, map_is_used: bool) -> nn.ModuleList:
+    if config.kind(level) != "interleaved":
+        return _make_blocks(config, level, in_channels, last_updates_map=map_is_used)
+    blocks = _make_blocks(config, level, config.channels[level], last_updates_map=False)
+    return nn.ModuleList([_make_block(config, level, in_channels, kind="residual"), *blocks])
+
+
+def _make_decoder_blocks(
+    config: HybridConfig, level: int, in_channels: int, *, last_updates_map: bool
+) -> nn.ModuleList:
+    kind: Block = "residual" if config.kind(level) == "interleaved" else config.kind(level)
+    return _make_blocks(config, level, in_channels, last_updates_map=last_updates_map, kind=kind)
 
 
 def _run(blocks: nn.ModuleList, x: Tensor, semantic_map: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -180,14 +216,14 @@ class _DownStage(nn.Module):
             in_channels = c[level]
         else:
             self.down = {2: nn.MaxPool2d, 3: nn.MaxPool3d}[config.dimensions](scale)
-            if config.kind(level) not in _CONVOLUTIONAL:  # these expect the channels of their level
+            if config.kind(level) not in _TAKE_ANY_CHANNELS:  # the others expect those of their level
                 self.down = nn.Sequential(self.down, make_conv(in_channels, c[level], (1,) * config.dimensions))
                 in_channels = c[level]
         self.map_generation: SemanticMapGeneration | None = None
         if config.has_map(level):
             tokens = torch.Size(config.map_size).numel()
             self.map_generation = SemanticMapGeneration(c[level], tokens, kernel_size)
-        self.blocks = _make_blocks(config, level, in_channels, last_updates_map=map_is_used)
+        self.blocks = _make_encoder_blocks(config, level, in_channels, map_is_used=map_is_used)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self.down(x)
@@ -202,8 +238,19 @@ class _UpStage(nn.Module):
         c, dimensions = config.channels, config.dimensions
         coarse = c[level + 1]
         self.gate = AttentionGate(coarse, c[level], dimensions, config.norm) if config.gates else None
-        self.skip: ProjectedSkipConnection | SkipConnection
-        if config.skeleton == "resunet" and config.reduce_skip:
+        self.skip: AttendingSkipConnection | ProjectedSkipConnection | SkipConnection
+        if config.kind(level) == "interleaved":
+            self.skip = AttendingSkipConnection(
+                coarse,
+                c[level],
+                config.heads[level - 1],
+                config.map_size,
+                config.expansion,
+                config.norm,
+                reduction=config.reduction,
+                impl=config.impl,
+            )
+        elif config.skeleton == "resunet" and config.reduce_skip:
             self.skip = ProjectedSkipConnection(coarse, c[level], dimensions)
         else:
             self.skip = SkipConnection(
@@ -212,7 +259,7 @@ class _UpStage(nn.Module):
         self.map_reduce: nn.Module | None = None
         if config.has_map(level) and config.has_map(level + 1):
             self.map_reduce = make_conv(coarse + c[level], c[level], (1,))
-        self.blocks = _make_blocks(config, level, self.skip.out_channels, last_updates_map=last_updates_map)
+        self.blocks = _make_decoder_blocks(config, level, self.skip.out_channels, last_updates_map=last_updates_map)
 
     def forward(
         self, x: Tensor, skip: Tensor, semantic_map: Tensor | None, skip_map: Tensor | None
@@ -289,6 +336,7 @@ _KINDS: dict[Block, _PER_LEVEL] = {
     "residual": ("residual",) * 4,
     "efficient": ("residual", "efficient", "efficient", "efficient"),
     "efficient-conv": ("residual", "efficient-conv", "efficient-conv", "efficient-conv"),
+    "interleaved": ("interleaved",) * 4,
     "bidirectional": ("residual", "bidirectional", "bidirectional", "bidirectional"),
     "identity": ("residual", "identity", "identity", "identity"),
 }
@@ -343,7 +391,7 @@ def scaled_channels(task: Task, width: int) -> tuple[int, ...]:
     return tuple(max(c // h, 1) * h for c, h in zip(channels, heads, strict=True))
 
 
-# ResUNet's skeleton has two blocks at every level, whatever replaces them.
+# ResUNet's skeleton has two blocks at every level.
 _RESUNET: dict[str, Any] = {"skeleton": "resunet", "blocks": (2, 2, 2, 2)}
 # Per axis. UTNet's keys and values have 8 x 8 tokens; in a volume 4 x 4 x 4 are as many.
 _REDUCED = {2: 8, 3: 4}
@@ -359,9 +407,15 @@ def convolutional(stem: ConvolutionalBlock, **changes: Any) -> Configure:
 
 
 def configure_utnetv1(task: Task, width: int) -> HybridConfig:
-    """ResUNet with efficient attention in place of the residual blocks of levels 2 to 4, of the width it is given."""
-    map_size = (_REDUCED[task.dimensions],) * task.dimensions
-    return _hybrid(task, scaled_channels(task, width), _KINDS["efficient"], **_RESUNET, map_size=map_size)
+    """UTNet (Gao et al., 2021) with its published blocks, one of each kind at a level, of the width it is given.
+
+    Left out is its bias for relative positions, which the fused attention cannot add; UTNetV2 gained nothing by one.
+    Projections are linear and perceptrons have the preset's expansion, as UTNetV2's authors describe it; its published
+    code projects depthwise-separably. Heads are those of the preset, and it has the auxiliary logits of all networks.
+    """
+    changes = {"map_size": (_REDUCED[task.dimensions],) * task.dimensions, "reduction": "linear"}
+    blocks = {"blocks": (1, 1, 1, 1)}
+    return _hybrid(task, scaled_channels(task, width), _KINDS["interleaved"], **_RESUNET | blocks | changes)
 
 
 def variant(kind: Block, *, size: int | None = None, fuse: bool = False, **changes: Any) -> Configure:
@@ -371,7 +425,8 @@ def variant(kind: Block, *, size: int | None = None, fuse: bool = False, **chang
     """
 
     def configure(task: Task, width: int) -> HybridConfig:
-        per_axis = _REDUCED[task.dimensions] if size is None and kind == "efficient-conv" else size
+        efficient = kind in ("efficient", "efficient-conv")
+        per_axis = _REDUCED[task.dimensions] if size is None and efficient else size
         sizes: dict[str, Any] = {} if per_axis is None else {"map_size": (per_axis,) * task.dimensions}
         return _hybrid(task, task.fields["channels"], _KINDS[kind], fuse=fuse, **sizes | changes)
 
@@ -379,10 +434,10 @@ def variant(kind: Block, *, size: int | None = None, fuse: bool = False, **chang
 
 
 def bidirectional_at(level: int) -> Configure:
-    """ResUNet with B-MHA blocks in place of the residual blocks of one level, of the width it is given."""
+    """UTNetV2's U with B-MHA blocks at one level and residual ones at the others, of the preset's channels."""
 
     def configure(task: Task, width: int) -> HybridConfig:
         kinds: Any = tuple("bidirectional" if i == level else "residual" for i in (1, 2, 3, 4))
-        return _hybrid(task, scaled_channels(task, width), kinds, **_RESUNET)
+        return _hybrid(task, task.fields["channels"], kinds)
 
     return configure

@@ -9,7 +9,7 @@ import torch
 from pydantic import Discriminator, Tag
 
 from utnetv2_fast.errors import InputError
-from utnetv2_fast.models.ablations import POSITIONS, VARIANTS
+from utnetv2_fast.models.ablations import VARIANTS
 from utnetv2_fast.models.config import NetworkConfig, UTNetV2Config
 from utnetv2_fast.models.hybrid import HybridConfig, HybridUNet, configure_utnetv1, convolutional
 from utnetv2_fast.models.network import SegmentationNetwork
@@ -31,7 +31,7 @@ from utnetv2_fast.models.utnetv2 import UTNetV2
 
 
 def _architecture(config: Any) -> str:
-    """Of a configuration or of what is to become one; run folders are older than this field."""
+    """Of a configuration or of what is to become one; a config.yaml may leave it out."""
     if isinstance(config, Mapping):
         return str(config.get("architecture", "utnetv2"))
     return str(getattr(config, "architecture", None))
@@ -101,7 +101,6 @@ NETWORKS: dict[str, Choice] = {
     "unetr": Choice("UNETR", (3,), configure_unetr, {3: 64}),
     "vt-unet": Choice("VT-UNet", (3,), configure_vt_unet, {3: 32}),
     "utnetv1": Choice("UTNetV1", (2, 3), configure_utnetv1, _BASE_32),
-    **{name: Choice(title, (2, 3), configure, _BASE_32) for name, (title, configure) in POSITIONS.items()},
     **{name: Choice(title, (2, 3), configure) for name, (title, configure) in VARIANTS.items()},
 }
 

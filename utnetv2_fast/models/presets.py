@@ -5,9 +5,11 @@ A preset holds everything but the channels of the input and the classes, and the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from utnetv2_fast.errors import InputError
+from utnetv2_fast.models.task import Task
 
 
 class Preset(NamedTuple):
@@ -18,6 +20,18 @@ class Preset(NamedTuple):
     @property
     def dimensions(self) -> Literal[2, 3]:
         return 2 if len(self.input_size) == 2 else 3
+
+    def task(self, in_channels: int, num_classes: int, size: Sequence[int] | None = None) -> Task:
+        """Its task where no plan decides scales and kernels; inputs have its own size unless another is given."""
+        return Task(
+            dimensions=self.dimensions,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            patch_size=tuple(size or self.input_size),
+            scales=self.fields["scales"],
+            kernel_sizes=self.fields["kernel_sizes"],
+            fields=self.fields,
+        )
 
 
 def _planar(size: int, **fields: Any) -> Preset:

@@ -26,8 +26,13 @@ from utnetv2_fast.ops.dispatch import Impl
 
 def resize_like(x: Tensor, reference: Tensor) -> Tensor:
     """Bi- or trilinear interpolation, corners aligned, of x (B, C, *spatial) to the spatial size of `reference`."""
+    return resize_to(x, tuple(reference.shape[2:]))
+
+
+def resize_to(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The same to a size."""
     mode = {4: "bilinear", 5: "trilinear"}[x.ndim]
-    return F.interpolate(x, size=reference.shape[2:], mode=mode, align_corners=True)
+    return F.interpolate(x, size=size, mode=mode, align_corners=True)
 
 
 def _reduced(norm: nn.Module, conv: nn.Module, x: Tensor, impl: Impl) -> Tensor:

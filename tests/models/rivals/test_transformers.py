@@ -8,24 +8,23 @@ import pytest
 import torch
 
 from utnetv2_fast.errors import InputError
-from utnetv2_fast.models import NETWORKS, PRESETS, SegmentationNetwork, Task, build_network, configure_network
-from utnetv2_fast.models.networks import count_parameters
+from utnetv2_fast.models import (
+    NETWORKS,
+    PRESETS,
+    SegmentationNetwork,
+    Task,
+    build_network,
+    configure_network,
+    count_parameters,
+)
+from utnetv2_fast.models.rivals import unetr
 from utnetv2_fast.models.rivals.unetr import UNETRConfig
 
 NAMES = [("r50-unet", 2), ("transunet", 2), ("swinunet", 2), ("unetr", 3), ("vt-unet", 3)]
 
 
 def task(preset: str, in_channels: int = 1, patch_size: tuple[int, ...] | None = None) -> Task:
-    chosen = PRESETS[preset]
-    return Task(
-        dimensions=chosen.dimensions,
-        in_channels=in_channels,
-        num_classes=4,
-        patch_size=patch_size or chosen.input_size,
-        scales=chosen.fields["scales"],
-        kernel_sizes=chosen.fields["kernel_sizes"],
-        fields=chosen.fields,
-    )
+    return PRESETS[preset].task(in_channels, 4, patch_size)
 
 
 def small(name: str, dimensions: int, in_channels: int = 1) -> SegmentationNetwork:
@@ -57,6 +56,16 @@ def test_beside_a_small_preset_they_are_as_small(name: str, dimensions: int) -> 
     wanted = count_parameters(configure_network("utnetv2", chosen))
     count = count_parameters(configure_network(name, chosen, equal_parameters=True))
     assert count == pytest.approx(wanted, rel=0.2)
+
+
+@pytest.mark.parametrize(("name", "dimensions"), [("swinunet", 2), ("vt-unet", 3)])
+def test_networks_of_swin_begin_as_swin_does(name: str, dimensions: int) -> None:
+    network = small(name, dimensions)
+    weights = torch.cat([m.weight.flatten() for m in network.modules() if isinstance(m, torch.nn.Linear)])
+    assert weights.std().item() == pytest.approx(0.02, rel=0.05)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm) and module.bias is not None:
+            assert not module.bias.any()
 
 
 SIZES = {2: [(64, 64), (1, 1), (33, 90)], 3: [(16, 32, 24), (5, 17, 23)]}
@@ -106,6 +115,21 @@ def test_unetr_takes_patches_of_any_size_and_nothing_larger(patch: tuple[int, ..
     assert config.padded_size(patch) == config.padded_size((3, 3, 3)) == padded
     with pytest.raises(ValueError, match="at most"):
         config.padded_size((patch[0], patch[1], padded[2] + 1))
+
+
+@pytest.mark.parametrize("unused", [[], ["norm_cross_attn"], ["norm_cross_attn", "cross_attn"]])
+def test_unetr_holds_nothing_of_a_cross_attention(unused: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a version of MONAI has of it."""
+
+    def of_monai(**_: object) -> torch.nn.Module:
+        network = torch.nn.Module()
+        block = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ["attn", *unused]})
+        network.vit = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([block])})
+        return network
+
+    monkeypatch.setattr(unetr, "_monai_unetr", lambda: of_monai)
+    network = small("unetr", 3).network
+    assert {name.split(".")[3] for name, _ in network.named_parameters()} == {"attn"}
 
 
 def test_tokens_of_vt_unet_are_as_thick_as_the_data() -> None:

@@ -19,6 +19,7 @@ from utnetv2_fast.nn.stages import resize_like
 # nnU-Net's: how wide its network gets at most, and the shortest axis that it still halves.
 _MOST_CHANNELS = {2: 512, 3: 320}
 _SHORTEST_HALVED = 8
+_SLOPE = 0.01  # of the leaky ReLU
 _NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 _CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED_CONV: dict[int, Callable[..., nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -59,14 +60,19 @@ class _DoubleConv(nn.Sequential):
         super().__init__(
             conv(in_channels, channels, kernel_size, stride, padding, bias=False),
             norm(channels, affine=True),
-            nn.LeakyReLU(0.01),
+            nn.LeakyReLU(_SLOPE),
             conv(channels, channels, kernel_size, padding=padding, bias=False),
             norm(channels, affine=True),
-            nn.LeakyReLU(0.01),
+            nn.LeakyReLU(_SLOPE),
         )
-        for module in self:
-            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-                nn.init.kaiming_normal_(module.weight, a=0.01)
+
+
+def _initialise(module: nn.Module) -> None:
+    """nnU-Net's rule for convolutions of every kind, the last too."""
+    if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(module.weight, a=_SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class NNUNet(SegmentationNetwork[NNUNetConfig]):
@@ -92,6 +98,7 @@ class NNUNet(SegmentationNetwork[NNUNetConfig]):
         ones = (1,) * config.dimensions
         self.head = make_conv(c[0], config.num_classes, ones, bias=True)
         self.auxiliary_head = make_conv(c[1], config.num_classes, ones, bias=True) if config.deep_supervision else None
+        self.apply(_initialise)
 
     def forward_padded(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         image, x = x, self.stem(x)

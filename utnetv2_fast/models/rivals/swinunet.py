@@ -22,6 +22,7 @@ from utnetv2_fast.models.rivals.window_attention import (
     SwinBlock,
     SwinStage,
     drop_path_rates,
+    initialise,
 )
 from utnetv2_fast.models.task import Task
 
@@ -62,6 +63,7 @@ class SwinUNet(SegmentationNetwork[SwinUNetConfig]):
         self.norm_up = nn.LayerNorm(channels[0])
         self.up = Expanding(channels[0], channels[0], (_PATCH, _PATCH))
         self.output = nn.Conv2d(channels[0], config.num_classes, 1, bias=False)
+        self.apply(initialise)
 
     def forward_padded(self, x: Tensor) -> Tensor:
         x = self.patch_embed(repeat_single_channel(x))  # (B, H / 4, W / 4, C)

@@ -68,8 +68,11 @@ class UNETR(SegmentationNetwork[UNETRConfig]):
             num_heads=_HEADS,
         )
         for block in self.network.vit.blocks:
-            # MONAI's blocks have the norm of a cross-attention even where they have no such attention.
-            block.norm_cross_attn = nn.Identity()
+            # MONAI's blocks have the norm of a cross-attention, those of some versions the attention too, and run
+            # neither.
+            for name in ("norm_cross_attn", "cross_attn"):
+                if hasattr(block, name):
+                    setattr(block, name, nn.Identity())
 
     def forward_padded(self, x: Tensor) -> Tensor:
         return self.network(x)

@@ -30,6 +30,7 @@ from utnetv2_fast.models.rivals.window_attention import (
     SwinBlock,
     SwinStage,
     drop_path_rates,
+    initialise,
 )
 from utnetv2_fast.models.task import Task
 
@@ -71,6 +72,7 @@ class VTUNet(SegmentationNetwork[VTUNetConfig]):
         self.norm_up = nn.LayerNorm(channels[0])
         self.up = Expanding(channels[0], channels[0], config.patch)
         self.output = nn.Conv3d(channels[0], config.num_classes, 1, bias=False)
+        self.apply(initialise)
 
     def forward_padded(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)  # (B, D, H, W, C)

@@ -223,6 +223,14 @@ class SwinStage(nn.Module):
         return self.downsample(x), memories
 
 
+def initialise(module: nn.Module) -> None:
+    """Swin's own rule for every module of a network, to be given to `apply`; torch's layer norms begin so anyway."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 def drop_path_rates(depths: tuple[int, ...], last: float) -> list[list[float]]:
     """For every block of stages of these depths: from 0 in the first rising evenly to `last`."""
     rates = torch.linspace(0, last, sum(depths), device="cpu").tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utnetv2_fast.evaluation.attention import draw_block, draw_overview, draw_similarity, last_blocks
+from utnetv2_fast.attention_figures import draw_block, draw_overview, draw_similarity, last_blocks
 from utnetv2_fast.evaluation.figures import png
 from utnetv2_fast.inspection import InspectedBlock, Inspection
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from utnetv2_fast.costs.figures import draw_networks, draw_operators
 from utnetv2_fast.costs.networks import NetworkCost
 from utnetv2_fast.costs.operators import Growth
-from utnetv2_fast.evaluation.cost_figures import draw_networks, draw_operators
 from utnetv2_fast.evaluation.figures import png
 
 COSTS = [
