@@ -17,7 +17,7 @@ def ablate(
     group: Annotated[
         str,
         typer.Argument(
-            help="ladder: from ResUNet to UTNetV2, a part at a time. position: B-MHA at one level only. map-size: of "
+            help="ladder: from residual blocks to UTNetV2, a part each. position: B-MHA at one level only. map-size: of "
             "the semantic map, and of keys made by convolution. attention: left out. Or several, separated by commas.",
             show_default=False,
         ),
