@@ -17,8 +17,8 @@ def ablate(
     group: Annotated[
         str,
         typer.Argument(
-            help="ladder: from residual blocks to UTNetV2, a part each. position: B-MHA at one level only. map-size: of "
-            "the semantic map, and of keys made by convolution. attention: left out. Or several, separated by commas.",
+            help="ladder: from residual blocks to UTNetV2, a part each. position: B-MHA at one level only. map-size: "
+            "of the semantic map, and of keys made by convolution. attention: left out. Or several, separated by commas.",
             show_default=False,
         ),
     ],
