@@ -18,7 +18,7 @@ def ablate(
         str,
         typer.Argument(
             help="ladder: from residual blocks to UTNetV2, a part each. position: B-MHA at one level only. map-size: "
-            "of the semantic map, and of keys made by convolution. attention: left out. Or several, separated by commas.",
+            "of the semantic map, and of keys made by convolution. attention: left out. Or several, with commas.",
             show_default=False,
         ),
     ],
