@@ -73,7 +73,7 @@ def test_only_seeds_and_folds_that_all_have_are_compared(result: Make) -> None:
     assert in_common(results) == [results[0], results[2]]
     left_out, by_dice, _ = verdict(results, EACH_ITS_OWN)
     assert "1 trainings are left out" in left_out
-    assert by_dice == "by Dice UTNetV2 leads: 10.00 points before rival."
+    assert by_dice == "By Dice, UTNetV2 leads: 10.00 points before rival."
 
 
 def test_the_test_pairs_patients_over_folds_and_averages_scans_and_seeds(result: Make) -> None:
@@ -112,8 +112,8 @@ def test_utnetv2_is_the_last_row_and_tables_say_what_the_paper_says(result: Make
 def test_a_defeat_is_said(result: Make) -> None:
     lost = verdict([result("utnetv2", {"a": (0.8, 0.9)}), result("rival", {"a": (0.9, 0.9)})], EACH_ITS_OWN)
     assert lost == [
-        "by Dice UTNetV2 does not lead: 5.00 points behind rival.",
-        "by HD95 UTNetV2 does not lead: 0.50 mm behind rival.",
+        "By Dice, UTNetV2 does not lead: 5.00 points behind rival.",
+        "By HD95, UTNetV2 does not lead: 0.50 mm behind rival.",
     ]
     alone = [result("utnetv2", {"a": (0.9, 0.9)})]
     assert verdict(alone, EACH_ITS_OWN) == []
@@ -124,9 +124,9 @@ def test_a_lead_is_said_with_its_doubts(result: Make) -> None:
     seeds = [result("utnetv2", dict.fromkeys(CASES, (d, d)), seed=seed) for seed, d in enumerate((0.9, 0.8))]
     rivals = [result("rival", dict.fromkeys(CASES, (d, d)), seed=seed) for seed, d in enumerate((0.84, 0.84))]
     by_dice, by_hd95 = verdict([*seeds, *rivals], EACH_ITS_OWN)
-    assert by_dice.startswith("by Dice UTNetV2 leads: 1.00 points before rival (p = 0.0")
+    assert by_dice.startswith("By Dice, UTNetV2 leads: 1.00 points before rival (p = 0.0")
     assert by_dice.endswith("within the deviation over trainings).")
-    assert by_hd95 == "by HD95 UTNetV2 leads: 0.10 mm before rival (within the deviation over trainings)."
+    assert by_hd95 == "By HD95, UTNetV2 leads: 0.10 mm before rival (within the deviation over trainings)."
 
 
 def test_curves_have_a_column_per_share(result: Make) -> None:
@@ -138,7 +138,7 @@ def test_curves_have_a_column_per_share(result: Make) -> None:
     dice, _ = curve_tables(results)
     assert dice.header == ("network", "10% (1 scans)", "100% (2 scans)")
     assert dice.rows == (("rival", "60.00", "-"), ("UTNetV2", "70.00", "90.00"))
-    assert verdict(results, EACH_ITS_OWN)[0].startswith("At 10% of the patients: by Dice UTNetV2 leads")
+    assert verdict(results, EACH_ITS_OWN)[0].startswith("At 10% of the patients, by Dice, UTNetV2 leads")
     told = {
         (entry["network"], entry["share_of_patients"]): entry["dice"]["mean"]["mean"]
         for entry in numbers(results, EACH_ITS_OWN)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table as ScreenTable
 
@@ -176,7 +177,7 @@ def names(text: str) -> list[str]:
 
 def _on_screen(table: Table) -> ScreenTable:
     """The first column to the left, the others to the right."""
-    shown = ScreenTable(title=escape(table.title), title_justify="left")
+    shown = ScreenTable(title=escape(table.title), title_justify="left", box=SIMPLE, padding=(0, 1))
     for number, name in enumerate(table.header):
         shown.add_column(escape(name), justify="right" if number else "left")
     for row in table.rows:

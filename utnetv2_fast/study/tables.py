@@ -63,7 +63,7 @@ def comparison_tables(results: Sequence[Result], patients: Mapping[str, str]) ->
                 str(len(own)),
             )
         )
-    header = ("network", "parameters (M)", "steps", "minutes", *NAMES.values(), "p", "trainings")
+    header = ("network", "params (M)", "steps", "minutes", *NAMES.values(), "p", "trainings")
     tables = [Table("All classes", header, tuple(overview))]
     for metric, name in NAMES.items():
         rows = tuple(
@@ -130,7 +130,7 @@ def verdict(results: Sequence[Result], patients: Mapping[str, str]) -> list[str]
         rivals = [name for name in networks_of(of_share) if name != REFERENCE]
         if not rivals or not of_network(of_share, REFERENCE):
             continue
-        at = f"At {100 * share:g}% of the patients: " if len(shares) > 1 else ""
+        at = f"At {100 * share:g}% of the patients, by" if len(shares) > 1 else "By"
         for metric, name in NAMES.items():
             spreads = {network: over_trials(of_network(of_share, network), metric) for network in (*rivals, REFERENCE)}
             if any(math.isnan(spread.mean) for spread in spreads.values()):
@@ -145,7 +145,7 @@ def verdict(results: Sequence[Result], patients: Mapping[str, str]) -> list[str]
             where = "before" if lead > 0 else "behind"
             unit = "points" if metric == "dice" else "mm"
             sentences.append(
-                f"{at}by {name.split()[0]} UTNetV2 {how}: {abs(lead):.2f} {unit} {where} {title_of(best)}"
+                f"{at} {name.split()[0]}, UTNetV2 {how}: {abs(lead):.2f} {unit} {where} {title_of(best)}"
                 + (f" ({', '.join(doubts)})." if doubts else ".")
             )
     return sentences
