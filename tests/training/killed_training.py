@@ -48,7 +48,7 @@ def start(run: Path, cases: list[PreparedCase], prepare: Callable[[], None] = la
         return child
     try:
         prepare()
-        state.UTNetV2 = SmallNetwork  # type: ignore[assignment, misc]
+        state.build_network = SmallNetwork  # type: ignore[assignment]
         train(RunFolder(run), cases[:2], cases[2:], torch.device("cpu"))
         os._exit(0)
     except BaseException:

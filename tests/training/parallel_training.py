@@ -151,11 +151,11 @@ def main(template: Path, out: Path, cases: list[PreparedCase], kind: str) -> Non
         for count, name in ((1, "one.pt"), (2, "two.pt")):
             write_gradients(RunFolder(template), count, out / name)
     elif kind == "equal":
-        state.UTNetV2 = DoubleNetwork  # type: ignore[assignment, misc]
+        state.build_network = DoubleNetwork  # type: ignore[assignment]
         for count, name in ((1, "one"), (2, "two")):
             train_together(new_run(name), cases, count)
     else:
-        state.UTNetV2 = SmallNetwork  # type: ignore[assignment, misc]
+        state.build_network = SmallNetwork  # type: ignore[assignment]
         train_together(new_run("whole"), cases, 2)
         train_together(new_run("killed"), cases, 2, (RUN_ERROR, -signal.SIGKILL), kill)
         train_together(new_run("stopped"), cases, 2, (STOPPED, STOPPED), lambda: True)
