@@ -129,9 +129,8 @@ def test_info_names_versions_presets_and_networks(
     content = json.loads(capsys.readouterr().out)
     assert content["versions"]["utnetv2-fast"] == utnetv2_fast.__version__
     assert 0 < content["presets"]["tiny-2d"]["parameters"] < content["presets"]["acdc-2d"]["parameters"]
-    assert content["networks"]["attention-unet"]["dimensions"] == [2]
-    assert set(content["networks"]["resunet"]["parameters"]) == {"acdc-2d", "acdc-3d"}
-    assert content["networks"]["utnetv2"]["parameters"]["acdc-3d"] == content["presets"]["acdc-3d"]["parameters"]
+    assert content["networks"]["attention-unet"] == {"title": "Attention UNet", "dimensions": [2]}
+    assert content["networks"]["utnetv2"]["dimensions"] == [2, 3]
     assert call(monkeypatch, "info") == 0
     printed = capsys.readouterr().out
     assert "tiny-2d" in printed

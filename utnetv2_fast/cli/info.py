@@ -11,10 +11,7 @@ from rich.table import Column, Table
 
 import utnetv2_fast
 from utnetv2_fast.cli.console import Json, console, print_json
-from utnetv2_fast.errors import InputError
 
-# The presets for which the parameters of all networks are given, as the paper's Fig. 2 has them.
-COMPARED = ("acdc-2d", "acdc-3d")
 PACKAGES = ("torch", "triton", "numpy", "scipy", "nibabel", "surface-distance", "safetensors", "pydantic")
 
 
@@ -41,21 +38,14 @@ def info(json: Json = False) -> None:
         counts = [",".join(map(str, preset[key])) for key in ("blocks", "heads")]
         table.add_row(name, sizes[0], *counts, sizes[1], preset["norm"], f"{preset['parameters'] / 1e6:.2f} M")
     console.print(table)
-    table = _table("--model", "network", *COMPARED)
+    table = _table("--model", "network", "in")
     for name, network in networks.items():
-        table.add_row(name, network["title"], *(_millions(network, preset) for preset in COMPARED))
+        table.add_row(name, network["title"], ", ".join(f"{dimensions}D" for dimensions in network["dimensions"]))
     console.print(table)
 
 
 def _table(*headers: str) -> Table:
     return Table(*(Column(header, no_wrap=True) for header in headers), box=SIMPLE, padding=0)
-
-
-def _millions(network: dict[str, Any], preset: str) -> str:
-    if preset not in network["parameters"]:
-        return "-"
-    count = network["parameters"][preset]
-    return "missing" if count is None else f"{count / 1e6:.2f} M"
 
 
 def _version(package: str) -> str:
@@ -85,27 +75,7 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def _networks() -> dict[str, dict[str, Any]]:
-    """Every network: its title and dimensions, and by preset its parameters for one channel and four classes.
+    """The title of every network, and the dimensions in which it exists; `cost` builds and counts them."""
+    from utnetv2_fast.models import NETWORKS
 
-    None stands for the parameters of a network that needs a package which is not installed.
-    """
-    from utnetv2_fast.models import NETWORKS, Task, configure_network, count_parameters, get_preset
-
-    tasks = {name: get_preset(name).task(in_channels=1, num_classes=4) for name in COMPARED}
-
-    def parameters(network: str, task: Task) -> int | None:
-        try:
-            return count_parameters(configure_network(network, task))
-        except InputError:
-            return None
-
-    return {
-        name: {
-            "title": choice.title,
-            "dimensions": choice.dimensions,
-            "parameters": {
-                preset: parameters(name, task) for preset, task in tasks.items() if task.dimensions in choice.dimensions
-            },
-        }
-        for name, choice in NETWORKS.items()
-    }
+    return {name: {"title": choice.title, "dimensions": choice.dimensions} for name, choice in NETWORKS.items()}
