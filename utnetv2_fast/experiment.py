@@ -30,7 +30,7 @@ from utnetv2_fast.files import write_text_atomically
 from utnetv2_fast.inference.held_out import predict_held_out, scored_files
 from utnetv2_fast.inference.predict import Predictor
 from utnetv2_fast.memory import forget_peak_memory, peak_memory
-from utnetv2_fast.models import Preset, Task, check_pretrained, configure_network, get_preset
+from utnetv2_fast.models import Preset, check_pretrained, configure_network, get_preset
 from utnetv2_fast.progress import Track, silent
 from utnetv2_fast.ranks import ALONE, Ranks
 from utnetv2_fast.run_report import complete_report, follow_training
@@ -78,15 +78,8 @@ def configure(
         raise InputError(f"There is no fold {fold}: {splits_file(prepared, recipe.split)} has 0 to {len(splits) - 1}.")
     patients = {case.name: case.patient for case in prepared.cases}
     patch = _patch(prepared, preset, recipe.patch_size)
-    task = Task(
-        dimensions=preset.dimensions,
-        in_channels=len(plan.channels),
-        num_classes=plan.num_classes,
-        patch_size=patch.patch_size,
-        scales=patch.scales,
-        kernel_sizes=patch.kernel_sizes,
-        fields=preset.fields,
-    )
+    task = preset.task(len(plan.channels), plan.num_classes, patch.patch_size)
+    task = task._replace(scales=patch.scales, kernel_sizes=patch.kernel_sizes)
     return RunConfig(
         protocol=recipe.protocol,
         preset=recipe.preset,

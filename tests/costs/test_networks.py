@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import utnetv2_fast.ops.flops  # noqa: F401
 from utnetv2_fast.costs import networks
 from utnetv2_fast.costs.networks import count, measure_networks, network_names, read_scores, task_of
-from utnetv2_fast.costs.tables import csv_text, markdown, network_rows
+from utnetv2_fast.costs.tables import csv_text, network_rows
 from utnetv2_fast.errors import InputError, RunError
 from utnetv2_fast.models import NETWORKS, Task, build_network, configure_network, get_preset
 
@@ -78,8 +78,6 @@ def test_a_network_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch
     assert rows[0] == ["network", "params M", "GFLOP", "forward ms", "peak GiB", "remark"]
     assert rows[1][3:] == ["500", "1.00", ""]
     assert rows[2] == ["Swin UNETR", "", "", "", "", "needs monai"]
-    assert markdown(rows).count("\n") == 4
-    assert markdown([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n|---|---|\n| 1 | 2 |\n"
     assert "swin,Swin UNETR,Swin UNETR is MONAI's: pip install monai.,,,,,\r\n" in csv_text(networks.as_json(costs))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from utnetv2_fast.errors import InputError
 from utnetv2_fast.evaluation.metrics import Evaluation, Score
-from utnetv2_fast.evaluation.tables import read_tables, summarise, write_tables
+from utnetv2_fast.evaluation.tables import markdown_table, read_tables, summarise, write_tables
 
 EVALUATION = Evaluation(
     ("left, inner", "right"),
@@ -92,3 +92,7 @@ def test_tables_that_are_missing_or_damaged_are_named(tmp_path: Path, name: str)
     (tmp_path / name).unlink()
     with pytest.raises(InputError, match=f"{name}: not there yet"):
         read_tables(tmp_path)
+
+
+def test_markdown_keeps_cells_apart_and_puts_numbers_to_the_right() -> None:
+    assert markdown_table(["a|b", "c"], [["1", "2"]]) == "| a\\|b | c |\n|---|--:|\n| 1 | 2 |\n"

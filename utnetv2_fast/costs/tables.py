@@ -51,12 +51,6 @@ def operator_rows(growths: Sequence[Growth]) -> Rows:
     return [header, *rows]
 
 
-def markdown(rows: Rows) -> str:
-    """The rows as a Markdown table."""
-    header, *others = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-    return "\n".join([header, "|" + "---|" * len(rows[0]), *others]) + "\n"
-
-
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     """The records as CSV, a column per field; what is None is left empty."""
     stream = io.StringIO(newline="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,13 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
         "missing_class_rule": MISSING_CLASS_RULES[evaluation.missing_class],
         "confusion_voxels": [list(row) for row in evaluation.confusion],
     }
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of text as a Markdown table: the first column to the left, all others, numbers, to the right."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|---|" + "--:|" * (len(header) - 1))
+    return "\n".join(lines) + "\n"
 
 
 def _or_none(value: float) -> float | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utnetv2_fast.evaluation.tables import METRICS
+from utnetv2_fast.evaluation.tables import METRICS, markdown_table
 from utnetv2_fast.files import write_text_atomically
 from utnetv2_fast.study.results import (
     REFERENCE,
@@ -183,13 +183,8 @@ def numbers(results: Sequence[Result], patients: Mapping[str, str]) -> list[dict
 
 
 def markdown(tables: Sequence[Table]) -> str:
-    """The tables one below the other, numbers to the right."""
-    parts = []
-    for table in tables:
-        header, *rows = ("| " + " | ".join(map(_escaped, row)) + " |" for row in (table.header, *table.rows))
-        rule = "|---|" + "--:|" * (len(table.header) - 1)
-        parts.append("\n".join([f"**{table.title}**", "", header, rule, *rows]))
-    return "\n\n".join(parts) + "\n"
+    """The tables one below the other, each under its title."""
+    return "\n".join(f"**{table.title}**\n\n{markdown_table(table.header, table.rows)}" for table in tables)
 
 
 def write_csv(results: Sequence[Result], file: Path) -> None:
@@ -242,7 +237,3 @@ def _scans(results: Sequence[Result]) -> str:
 
 def _count(scans: int) -> str:
     return f"{scans} scan" if scans == 1 else f"{scans} scans"
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
