@@ -9,17 +9,19 @@
 // The roof is memory: at 27 taps there are 7 operations per byte of float32. So every element is read from memory once.
 // A piece of work is a group of channels times a slab of planes times a band of rows. It slides along the planes with a
 // ring of the A planes that the taps reach, each copied into thread-owned memory that fits the second cache, with zeros
-// around it, in float whatever the storage type. On such a plane a tap is a constant offset, so that
+// around it, in float whatever the storage type. On such a plane a tap is a constant offset, without edge cases.
 //
-//   out[j] += weight[t] * plane[j + offset[t]]
+// With channels-last maps a vector holds channels of one position, with all others positions of one channel. A tile is a
+// run of vectors of output, beside each other with channels-last maps, below each other with others. Of three taps along
+// it (TILE_TAPS) each vector that is loaded serves all, which leaves the rest of the taps, the lines:
 //
-// runs with eight vectors of accumulators and no edge cases. With channels-last maps a vector holds channels of one
-// position, and what a row gives goes straight into the output. With all others a vector holds positions of one
-// channel: the range runs on from row to row, and what it computes between them is not copied out.
+//   out[r] += sum over lines and t < 3 of weight[line][t] * source[line][r + t]
 //
-// A channels-last map in 2D is taken as planes of one row each, so that every row is copied in once here too. A piece
-// has few channels of every position, and what it needs next lies far apart in memory: no processor foresees that, and
-// so it is fetched ahead.
+// Kernels of other sizes take every tap as a line. While a tile is computed, what the next planes need is fetched: the
+// lines of memory of a tile lie apart, which no processor foresees.
+//
+// Channels-last maps that no tap crosses the planes of (2D, or a kernel of 1 x B x C) are taken as planes of one row each,
+// so that every row is copied in once here too.
 #include "kernel_tools.hpp"
 #include "kernels.hpp"
 #include "map.hpp"
@@ -37,21 +39,26 @@ constexpr int64_t LINE = 64;                 // bytes of a cache line
 // would fall on few sets of the caches and touch a page for little.
 constexpr int64_t CHANNEL_BYTES = 256;
 constexpr int64_t AHEAD = 16;                // positions between what is used and what is fetched, channels-last
-constexpr int64_t UNROLL = 8;                // vectors of accumulators: products take four cycles, two start in each
+constexpr int TILE = UTNETV2_VECTOR_BYTES == 64 ? 16 : 8;  // vectors of accumulators; their taps need registers too
+constexpr int TILE_TAPS = 3;                 // along the axis of a tile: the kernels that networks have
 
 struct Geometry {
     bool channels_last;    // channels vary fastest
-    bool rows_are_planes;  // of a map in 2D
-    int64_t batch, channels, depth, height, width;
+    bool rows_are_planes;  // depth is the rows, height is 1, and slices are those that were planes
+    int64_t batch, slices, channels, depth, height, width;
     int64_t taps_d, taps_h, taps_w;
+    int64_t tile_taps;                 // of a line: TILE_TAPS or 1
+    int64_t line_taps_h, line_taps_w;  // a plane's taps that are lines of their own
     int64_t lanes;       // channels side by side in a vector: all lanes, or 1
     int64_t groups;      // vectors of channels in a piece
     int64_t pitch;       // positions from row to row of a plane
     int64_t band, slab;  // rows and planes of a piece's output
     int64_t bands, slabs, channel_pieces;
 
-    int64_t pieces() const { return batch * channel_pieces * slabs * bands; }
+    int64_t pieces() const { return batch * slices * channel_pieces * slabs * bands; }
     int64_t taps() const { return taps_d * taps_h * taps_w; }
+    int64_t plane_lines() const { return line_taps_h * line_taps_w; }
+    int64_t lines() const { return taps_d * plane_lines(); }
     int64_t channels_of_piece() const { return lanes * groups; }
     // Vectors that have any of `channels`: in the last piece there may be fewer than `groups`, and the planes of the
     // others are never written.
@@ -59,7 +66,7 @@ struct Geometry {
     // Elements of a plane of `rows` rows; the slack is what the last vectors of a sweep reach beyond it.
     template <class A>
     int64_t plane(int64_t rows) const {
-        const int64_t used = (rows * pitch + taps_w) * lanes + UNROLL * LANES<A>;
+        const int64_t used = (rows * pitch + taps_w) * lanes + LANES<A>;
         return divide_up(used, LANES<A>) * LANES<A>;
     }
 };
@@ -71,12 +78,19 @@ Geometry make_geometry(const Tensor& x, const Tensor& weight) {
     const int last = x.dimensions - 1;
     g.batch = x.sizes[0], g.channels = x.sizes[1];
     g.channels_last = x.strides[1] == 1 && x.strides[last] != 1 && g.channels > 1;
-    g.rows_are_planes = g.channels_last && x.dimensions == 4;
     // D, H and W of `sizes`.
-    const auto depth = [&](const int64_t* sizes) { return x.dimensions == 5 || g.rows_are_planes ? sizes[2] : 1; };
-    const auto height = [&](const int64_t* sizes) { return g.rows_are_planes ? 1 : sizes[last - 1]; };
-    g.depth = depth(x.sizes), g.height = height(x.sizes), g.width = x.sizes[last];
-    g.taps_d = depth(weight.sizes), g.taps_h = height(weight.sizes), g.taps_w = weight.sizes[last];
+    const auto depth = [&](const int64_t* sizes) { return x.dimensions == 5 ? sizes[2] : 1; };
+    g.depth = depth(x.sizes), g.height = x.sizes[last - 1], g.width = x.sizes[last];
+    g.taps_d = depth(weight.sizes), g.taps_h = weight.sizes[last - 1], g.taps_w = weight.sizes[last];
+    g.rows_are_planes = g.channels_last && g.taps_d == 1;
+    g.slices = 1;
+    if (g.rows_are_planes) {
+        g.slices = g.depth, g.depth = g.height, g.height = 1;
+        g.taps_d = g.taps_h, g.taps_h = 1;
+    }
+    g.tile_taps = (g.channels_last ? g.taps_w : g.taps_h) == TILE_TAPS ? TILE_TAPS : 1;
+    g.line_taps_h = g.channels_last ? g.taps_h : g.taps_h / g.tile_taps;
+    g.line_taps_w = g.channels_last ? g.taps_w / g.tile_taps : g.taps_w;
     g.lanes = g.channels_last ? LANES<A> : 1;
     const int64_t most = CHANNEL_BYTES / int64_t(sizeof(T)) / g.lanes;
     g.groups = g.channels_last ? smaller(most, divide_up(g.channels, g.lanes)) : 1;
@@ -86,7 +100,7 @@ Geometry make_geometry(const Tensor& x, const Tensor& weight) {
     const int64_t row_bytes = g.taps_d * g.groups * g.pitch * g.lanes * int64_t(sizeof(A));
     const int64_t rows = larger(PLANES_BYTES / row_bytes - (g.taps_h - 1), int64_t(1));
     g.bands = divide_up(g.height, rows);
-    const int64_t wanted = divide_up(PIECES, larger(g.batch * g.channel_pieces * g.bands, int64_t(1)));
+    const int64_t wanted = divide_up(PIECES, larger(g.batch * g.slices * g.channel_pieces * g.bands, int64_t(1)));
     // A cut repeats the planes or rows around it, so pieces stay several times as thick as what they repeat.
     g.slabs = clamp(wanted, 1, larger(g.depth / (4 * g.taps_d), int64_t(1)));
     if (g.depth == 1) g.bands = larger(g.bands, smaller(wanted, larger(g.height / (8 * g.taps_h), int64_t(1))));
@@ -95,17 +109,9 @@ Geometry make_geometry(const Tensor& x, const Tensor& weight) {
     return g;
 }
 
-// A tensor by its strides along the axes of `g`.
-template <class T>
-Map<T> as_map_of(const Geometry& g, const Tensor& t) {
-    Map<T> map = as_map<T>(t);
-    if (g.rows_are_planes) map.d = map.h, map.h = 0;
-    return map;
-}
-
-// A piece: its sample, first channel, and output planes [z0, z1) and rows [y0, y1).
+// A piece: its sample, slice, first channel, and output planes [z0, z1) and rows [y0, y1).
 struct Piece {
-    int64_t sample, channel, channels, z0, z1, y0, y1;
+    int64_t sample, slice, channel, channels, z0, z1, y0, y1;
     int64_t rows() const { return y1 - y0; }
 };
 
@@ -118,8 +124,26 @@ Piece make_piece(const Geometry& g, int64_t i) {
     p.y1 = smaller(p.y0 + g.band, g.height);
     p.z0 = i % g.slabs * g.slab;
     p.z1 = smaller(p.z0 + g.slab, g.depth);
-    p.sample = i / g.slabs;
+    i /= g.slabs;
+    p.slice = i % g.slices, p.sample = i / g.slices;
     return p;
+}
+
+// A tensor by its strides along the axes of a geometry.
+template <class T>
+struct Volumes : Map<T> {
+    int64_t slice = 0;
+
+    T* plane(const Piece& p, int64_t z) const {
+        return this->data + p.sample * this->b + p.slice * slice + p.channel * this->c + z * this->d;
+    }
+};
+
+template <class T>
+Volumes<T> as_volumes(const Geometry& g, const Tensor& t) {
+    Volumes<T> v{as_map<T>(t)};
+    if (g.rows_are_planes) v.slice = v.d, v.d = v.h, v.h = 0;
+    return v;
 }
 
 // What is applied to the elements of a piece as they are copied in, for every channel of a piece; nothing without
@@ -143,7 +167,7 @@ struct Prologue {
 
 // One row of positions; vectors of channels go to planes `group` elements apart.
 template <class T, class A>
-void copy_row_in(const Geometry& g, const T* from, const Map<T>& map, const Prologue<A>& prologue, int64_t channels,
+void copy_row_in(const Geometry& g, const T* from, const Volumes<T>& map, const Prologue<A>& prologue, int64_t channels,
                  A* to, int64_t group) {
     const int64_t lanes = g.lanes;
     if (!g.channels_last) {
@@ -180,7 +204,7 @@ void copy_row_in(const Geometry& g, const T* from, const Map<T>& map, const Prol
 }
 
 template <class T, class A>
-void copy_row_out(const Geometry& g, const A* from, int64_t group, T* to, const Map<T>& map, int64_t channels) {
+void copy_row_out(const Geometry& g, const A* from, int64_t group, T* to, const Volumes<T>& map, int64_t channels) {
     const int64_t lanes = g.lanes;
     if (!g.channels_last) {
         int64_t x = 0;
@@ -201,29 +225,28 @@ void copy_row_out(const Geometry& g, const A* from, int64_t group, T* to, const 
     }
 }
 
-// Rows [y0, y0 + rows) of plane z, as far as they are in the map, each behind `before` positions. What lies around them
-// is never written, so that it stays the zeros that the piece began with.
+// Rows [y0, y0 + rows) of plane z, as far as they are in the map, `pitch` elements apart. What lies around them is never
+// written, so that it stays the zeros that the piece began with.
 template <class T, class A>
-void copy_plane_in(const Geometry& g, const Map<T>& map, const Prologue<A>& prologue, const Piece& p, int64_t z,
-                   int64_t y0, int64_t rows, int64_t before, A* to, int64_t group) {
-    const T* plane = map.data + p.sample * map.b + p.channel * map.c + z * map.d;
+void copy_rows_in(const Geometry& g, const Volumes<T>& map, const Prologue<A>& prologue, const Piece& p, int64_t z,
+                  int64_t y0, int64_t rows, A* to, int64_t pitch, int64_t group) {
+    const T* plane = map.plane(p, z);
     for (int64_t y = larger(y0, int64_t(0)); y < smaller(y0 + rows, g.height); ++y)
-        copy_row_in(g, plane + y * map.h, map, prologue, p.channels, to + ((y - y0) * g.pitch + before) * g.lanes,
-                    group);
+        copy_row_in(g, plane + y * map.h, map, prologue, p.channels, to + (y - y0) * pitch, group);
 }
 
 // The planes around the current one, plane z at slot z mod taps_d, copied in as the window slides over them.
 template <class T, class A>
 struct Ring {
     const Geometry& g;
-    const Map<T>& map;
+    const Volumes<T>& map;
     const Prologue<A>& prologue;
     const Piece& piece;
     A* memory;
     int64_t group;  // elements of one vector of channels' plane
     int64_t next;   // the first plane not copied in yet
 
-    Ring(const Geometry& g, const Map<T>& map, const Prologue<A>& prologue, const Piece& piece, A* memory)
+    Ring(const Geometry& g, const Volumes<T>& map, const Prologue<A>& prologue, const Piece& piece, A* memory)
         : g(g), map(map), prologue(prologue), piece(piece), memory(memory),
           group(g.plane<A>(piece.rows() + g.taps_h - 1)) {
         next = larger(piece.z0 - g.taps_d / 2, int64_t(0));
@@ -247,121 +270,152 @@ struct Ring {
     }
 
     void reach(int64_t z) {
+        const int64_t row = g.pitch * g.lanes;
         for (; next <= z + g.taps_d / 2 && next < g.depth; ++next)
-            copy_plane_in(g, map, prologue, piece, next, piece.y0 - g.taps_h / 2, piece.rows() + g.taps_h - 1,
-                          g.taps_w / 2, slot(next), group);
+            copy_rows_in(g, map, prologue, piece, next, piece.y0 - g.taps_h / 2, piece.rows() + g.taps_h - 1,
+                         slot(next) + g.taps_w / 2 * g.lanes, row, group);
     }
     A* slot(int64_t z) const { return memory + z % g.taps_d * g.groups * group; }
 };
 
-// out[j] = start + sum over taps of weight[t] * source[t][j] for COUNT vectors of j.
-template <int COUNT, class A>
-inline void correlate_block(Vec<A> start, int64_t taps, const A* const* source, const A* weight, int64_t j, A* out) {
-    Vec<A> total[COUNT];
-    for (int r = 0; r < COUNT; ++r) total[r] = start;
-    for (int64_t t = 0; t < taps; ++t) {
-        const Vec<A> w = load(weight + t * LANES<A>);
-        const A* from = source[t] + j;
-#pragma GCC unroll 16
-        for (int r = 0; r < COUNT; ++r) total[r] += w * load(from + r * LANES<A>);
-    }
-    for (int r = 0; r < COUNT; ++r) store(out + j + r * LANES<A>, total[r]);
-}
+// Elements from one vector of a tile to the next: in a plane, in the output, in the map that the planes are copied from.
+struct Step {
+    int64_t plane, out, in;
+};
 
-// The same for COUNT positions of a channels-last output, `step` apart, of whose vector `channels` exist.
-template <int COUNT, class T, class A>
-inline void correlate_positions(Vec<A> start, int64_t taps, const A* const* source, const A* weight, int64_t j, T* out,
-                                int64_t step, int64_t channels) {
+// COUNT vectors of output along a tile's axis:
+//   out[r] = start + sum over lines and t < TAPS of weight[line][t] * source[line][r + t]
+// `in_ahead` and `out_ahead` are where the same vectors of the next planes are read from and written to.
+template <int COUNT, int TAPS, class T, class S, class A>
+inline void correlate_tile(Vec<A> start, int64_t lines, const A* const* source, const A* weight, int64_t j, const Step& step,
+                           S* out, int64_t elements, const T* in_ahead, const S* out_ahead) {
     Vec<A> total[COUNT];
+#pragma GCC unroll 16
     for (int r = 0; r < COUNT; ++r) {
         total[r] = start;
-        __builtin_prefetch(out + (r + AHEAD) * step, 1, 2);
+        __builtin_prefetch(in_ahead + r * step.in, 0, 2);
+        __builtin_prefetch(out_ahead + r * step.out, 1, 2);
     }
-    for (int64_t t = 0; t < taps; ++t) {
-        const Vec<A> w = load(weight + t * LANES<A>);
-        const A* from = source[t] + j;
+    for (int64_t line = 0; line < lines; ++line, weight += TAPS * LANES<A>) {
+        Vec<A> w[TAPS];
+#pragma GCC unroll 4
+        for (int t = 0; t < TAPS; ++t) w[t] = load(weight + t * LANES<A>);
+        const A* from = source[line] + j;
+#pragma GCC unroll 32
+        for (int r = 0; r < COUNT + TAPS - 1; ++r) {
+            Vec<A> in = load(from + r * step.plane);
+            if (TAPS > 1) keep_in_register(in);
+#pragma GCC unroll 4
+            for (int t = 0; t < TAPS; ++t)
+                if (r - t >= 0 && r - t < COUNT) total[r - t] += w[t] * in;
+        }
+    }
 #pragma GCC unroll 16
-        for (int r = 0; r < COUNT; ++r) total[r] += w * load(from + r * LANES<A>);
-    }
     for (int r = 0; r < COUNT; ++r)
-        if (channels == LANES<A>)
-            store(out + r * step, total[r]);
+        if (elements == LANES<A>)
+            store(out + r * step.out, total[r]);
         else
-            store_part(out + r * step, total[r], channels);
+            store_part(out + r * step.out, total[r], elements);
 }
 
-// One row of a channels-last output; the last block overlaps the one before.
-template <class T, class A>
-void correlate_row(Vec<A> start, int64_t taps, const A* const* source, const A* weight, int64_t j, int64_t width,
-                   T* out, int64_t step, int64_t channels) {
-    const auto sweep = [&](auto count) {
-        constexpr int64_t block = decltype(count)::value;
-        for (int64_t x = 0; x < width; x += block) {
-            const int64_t at = smaller(x, width - block);
-            correlate_positions<block>(start, taps, source, weight, j + at * LANES<A>, out + at * step, step, channels);
-        }
-    };
-    if (width >= UNROLL)
-        sweep(Constant<UNROLL>{});
-    else if (width >= UNROLL / 2)
-        sweep(Constant<UNROLL / 2>{});
-    else
-        sweep(Constant<1>{});
+// Tiles along their axis, from vector x to `count`: of COUNT vectors, the last one overlapping the one before, unless what
+// is left fills less than half of it.
+template <int COUNT, int TAPS, class T, class S, class A>
+void correlate_run(Vec<A> start, int64_t lines, const A* const* source, const A* weight, int64_t j, const Step& step,
+                   int64_t x, int64_t count, S* out, int64_t elements, const T* in_ahead, const S* out_ahead) {
+    for (; count >= COUNT && count - x > COUNT / 2; x += COUNT) {
+        const int64_t at = smaller(x, count - COUNT);
+        correlate_tile<COUNT, TAPS>(start, lines, source, weight, j + at * step.plane, step, out + at * step.out,
+                                    elements, in_ahead + at * step.in, out_ahead + at * step.out);
+    }
+    if constexpr (COUNT > 1)
+        if (x < count)
+            correlate_run<COUNT / 2, TAPS>(start, lines, source, weight, j, step, x, count, out, elements, in_ahead,
+                                           out_ahead);
 }
 
-template <class A>
-void correlate(Vec<A> start, int64_t taps, const A* const* source, const A* weight, int64_t count, A* out) {
-    constexpr int64_t step = LANES<A>;
-    int64_t j = 0;
-    for (; j + (UNROLL / 2) * step < count; j += UNROLL * step)
-        correlate_block<UNROLL, A>(start, taps, source, weight, j, out);
-    if (j < count) correlate_block<UNROLL / 2, A>(start, taps, source, weight, j, out);
+// A plane of the output for one vector of channels, or for one channel. `h` and `w` are from row to row and from position
+// to position of it.
+template <int TAPS, class T, class S, class A>
+void correlate_plane(const Geometry& g, const Piece& p, Vec<A> start, int64_t lines, const A* const* source,
+                     const A* weight, S* out, int64_t h, int64_t w, int64_t channels, const S* out_ahead,
+                     const Volumes<T>& from, const T* in_ahead) {
+    constexpr int64_t L = LANES<A>;
+    if (g.channels_last) {
+        const Step step{L, w, from.w};
+        for (int64_t y = 0; y < p.rows(); ++y)
+            correlate_run<TILE, TAPS>(start, lines, source, weight, y * g.pitch * L, step, 0, g.width, out + y * h,
+                                      channels, in_ahead + y * from.h, out_ahead + y * h);
+        return;
+    }
+    const Step step{g.pitch, h, from.h};
+    for (int64_t x = 0; x < g.width; x += L) {
+        const int64_t at = larger(smaller(x, g.width - L), int64_t(0));
+        correlate_run<TILE, TAPS>(start, lines, source, weight, at, step, 0, p.rows(), out + at, smaller(g.width, L),
+                                  in_ahead + at, out_ahead + at);
+    }
 }
 
-// total[t] += sum over j of grad[j] * source[t][j], for COUNT taps.
-template <int COUNT, class A>
-void accumulate_block(const A* const* source, const A* grad, int64_t count, double* total) {
-    Vec<A> products[COUNT] = {};
-    for (int64_t j = 0; j < count; j += LANES<A>) {
-        const Vec<A> g = load(grad + j);
+// total[line][t] += sum over i of grad[i] * source[line][i + t], for LINES lines and vectors i of `columns` runs side by
+// side. Behind a run of `grad` lie TAPS - 1 vectors of zeros.
+template <int LINES, int TAPS, class A>
+void accumulate_lines(const A* const* source, int64_t step, const A* grad, int64_t grad_step, int64_t run,
+                      int64_t columns, double* total) {
+    Vec<A> products[LINES][TAPS] = {};
+    for (int64_t j = 0; j < columns * LANES<A>; j += LANES<A>) {
+        Vec<A> last[TAPS] = {};  // last[t] = grad[i - t]
+        for (int64_t i = 0; i < run + TAPS - 1; ++i) {
+#pragma GCC unroll 4
+            for (int t = TAPS - 1; t > 0; --t) last[t] = last[t - 1];
+            last[0] = load(grad + j + i * grad_step);
 #pragma GCC unroll 16
-        for (int t = 0; t < COUNT; ++t) products[t] += g * load(source[t] + j);
-    }
-    for (int t = 0; t < COUNT; ++t)
-        for (int64_t i = 0; i < LANES<A>; ++i) total[t * LANES<A> + i] += products[t][i];
-}
-
-template <class A>
-void accumulate(int64_t taps, const A* const* source, const A* grad, int64_t count, double* total) {
-    constexpr int64_t most = 9;
-    while (taps > 0) {
-        const int64_t block = smaller(taps, most);
-        switch (block) {
-            case 9: accumulate_block<9, A>(source, grad, count, total); break;
-            case 8: accumulate_block<8, A>(source, grad, count, total); break;
-            case 7: accumulate_block<7, A>(source, grad, count, total); break;
-            case 6: accumulate_block<6, A>(source, grad, count, total); break;
-            case 5: accumulate_block<5, A>(source, grad, count, total); break;
-            case 4: accumulate_block<4, A>(source, grad, count, total); break;
-            case 3: accumulate_block<3, A>(source, grad, count, total); break;
-            case 2: accumulate_block<2, A>(source, grad, count, total); break;
-            default: accumulate_block<1, A>(source, grad, count, total); break;
+            for (int line = 0; line < LINES; ++line) {
+                Vec<A> in = load(source[line] + j + i * step);
+                if (TAPS > 1) keep_in_register(in);
+#pragma GCC unroll 4
+                for (int t = 0; t < TAPS; ++t) products[line][t] += last[t] * in;
+            }
         }
-        taps -= block, source += block, total += block * LANES<A>;
     }
+    for (int line = 0; line < LINES; ++line)
+        for (int t = 0; t < TAPS; ++t, total += LANES<A>)
+            for (int64_t i = 0; i < LANES<A>; ++i) total[i] += products[line][t][i];
 }
 
-// Calls visit(t, a, b, c) for all taps whose plane exists at output plane z; t counts them.
-template <class F>
-int64_t for_taps(const Geometry& g, int64_t z, const F& visit) {
-    int64_t t = 0;
-    for (int64_t a = 0; a < g.taps_d; ++a) {
-        const int64_t plane = z + a - g.taps_d / 2;
-        if (plane < 0 || plane >= g.depth) continue;
-        for (int64_t b = 0; b < g.taps_h; ++b)
-            for (int64_t c = 0; c < g.taps_w; ++c) visit(t++, a, b, c);
+template <int LINES, int TAPS, class A>
+void accumulate(int64_t lines, const A* const* source, int64_t step, const A* grad, int64_t grad_step, int64_t run,
+                int64_t columns, double* total) {
+    for (; lines >= LINES; lines -= LINES, source += LINES, total += LINES * TAPS * LANES<A>)
+        accumulate_lines<LINES, TAPS>(source, step, grad, grad_step, run, columns, total);
+    if constexpr (LINES > 1)
+        if (lines > 0) accumulate<LINES - 1, TAPS>(lines, source, step, grad, grad_step, run, columns, total);
+}
+
+// Points `source` to what every line whose plane exists meets first, for output plane z and a vector of channels. Returns
+// the first of these lines.
+template <class T, class A>
+int64_t find_lines(const Geometry& g, const Ring<T, A>& ring, int64_t z, int64_t group, const A** source,
+                   int64_t* count) {
+    const int64_t first = larger(g.taps_d / 2 - z, int64_t(0)), last = smaller(g.depth - z + g.taps_d / 2, g.taps_d);
+    const A** next = source;
+    for (int64_t a = first; a < last; ++a) {
+        const A* plane = ring.slot(z + a - g.taps_d / 2) + group * ring.group;
+        for (int64_t b = 0; b < g.line_taps_h; ++b)
+            for (int64_t c = 0; c < g.line_taps_w; ++c) *next++ = plane + (b * g.pitch + c) * g.lanes;
     }
-    return t;
+    *count = next - source;
+    return first * g.plane_lines();
+}
+
+// Calls visit(i, a, b, c) for every tap, i counting them line by line.
+template <class F>
+void for_taps(const Geometry& g, const F& visit) {
+    int64_t i = 0;
+    for (int64_t a = 0; a < g.taps_d; ++a)
+        for (int64_t b = 0; b < g.line_taps_h; ++b)
+            for (int64_t c = 0; c < g.line_taps_w; ++c)
+                for (int64_t t = 0; t < g.tile_taps; ++t, ++i)
+                    visit(i, a, g.channels_last ? b : b + t, g.channels_last ? c + t : c);
 }
 
 // The prologue of a piece's channels from scale and shift (B, C), in `memory` for 2 * groups vectors.
@@ -388,32 +442,30 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
     using A = Arithmetic<T>;
     constexpr int64_t L = LANES<A>;
     const Geometry g = make_geometry<T>(x, weight);
-    const Map<T> from = as_map_of<T>(g, x), to = as_map_of<T>(g, out);
-    const bool straight = g.channels_last && to.c == 1;
+    const Volumes<T> from = as_volumes<T>(g, x), to = as_volumes<T>(g, out);
+    const bool straight = g.channels_last ? to.c == 1 : to.w == 1;
 
     parallel_for(g.pieces(), [&](int64_t i) {
         const Piece p = make_piece(g, i);
         const int64_t plane = g.plane<A>(p.rows());
         Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * plane * sizeof(A),
-                    g.groups * g.taps() * L * sizeof(A), g.taps() * L * sizeof(A), g.groups * L * sizeof(A),
-                    g.taps() * sizeof(A*), 2 * g.groups * L * sizeof(A));
+                    g.groups * g.taps() * L * sizeof(A), g.groups * L * sizeof(A), g.lines() * sizeof(A*),
+                    2 * g.groups * L * sizeof(A));
         A* planes = arena.take<A>(Ring<T, A>::elements(g));
         A* result = arena.take<A>(g.groups * plane);
-        A* all_weights = arena.take<A>(g.groups * g.taps() * L);  // [group][tap][lane]
-        A* weights = arena.take<A>(g.taps() * L);                 // of the taps in use
+        A* weights = arena.take<A>(g.groups * g.taps() * L);  // [group][line][tap of it][lane]
         A* starts = arena.take<A>(g.groups * L);
-        const A** sources = arena.take<const A*>(g.taps());
+        const A** sources = arena.take<const A*>(g.lines());
 
-        const Map<T> tap = as_map_of<T>(g, weight);
+        const Volumes<T> tap = as_volumes<T>(g, weight);
         for (int64_t k = 0; k < g.groups; ++k)
             for (int64_t lane = 0; lane < L; ++lane) {
                 const int64_t within = k * g.lanes + (g.channels_last ? lane : 0), c = p.channel + within;
                 const bool exists = within < p.channels;
-                A* w = all_weights + k * g.taps() * L + lane;
-                for (int64_t a = 0; a < g.taps_d; ++a)
-                    for (int64_t b = 0; b < g.taps_h; ++b)
-                        for (int64_t e = 0; e < g.taps_w; ++e, w += L)
-                            *w = exists ? to_arithmetic(tap(c, 0, a, b, e)) : A(0);
+                A* w = weights + k * g.taps() * L + lane;
+                for_taps(g, [&](int64_t i, int64_t a, int64_t b, int64_t e) {
+                    w[i * L] = exists ? to_arithmetic(tap(c, 0, a, b, e)) : A(0);
+                });
                 starts[k * L + lane] =
                     bias && exists ? to_arithmetic(static_cast<T*>(bias->data)[c * bias->strides[0]]) : A(0);
             }
@@ -422,26 +474,31 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
         Ring<T, A> ring(g, from, prologue, p, planes);
         for (int64_t z = p.z0; z < p.z1; ++z) {
             ring.reach(z);
-            T* row = to.data + p.sample * to.b + p.channel * to.c + z * to.d + p.y0 * to.h;
+            T* rows = to.plane(p, z) + p.y0 * to.h;
+            const T* out_ahead = rows + (g.channels_last ? AHEAD * to.w : z + 1 < p.z1 ? to.d : 0);
+            const T* in_ahead = from.plane(p, smaller(z + g.taps_d / 2 + 1, g.depth - 1)) + p.y0 * from.h;
             for (int64_t k = 0; k < g.used_groups(p.channels); ++k) {
-                const int64_t used = for_taps(g, z, [&](int64_t t, int64_t a, int64_t b, int64_t c) {
-                    sources[t] = ring.slot(z + a - g.taps_d / 2) + k * ring.group + (b * g.pitch + c) * g.lanes;
-                    const int64_t tap = (a * g.taps_h + b) * g.taps_w + c;
-                    store(weights + t * L, load(all_weights + (k * g.taps() + tap) * L));
-                });
+                int64_t lines;
+                const int64_t first = find_lines(g, ring, z, k, sources, &lines);
+                const A* w = weights + (k * g.taps() + first * g.tile_taps) * L;
                 const Vec<A> start = load(starts + k * L);
-                if (straight) {
-                    const int64_t channels = smaller(p.channels - k * L, L);
-                    for (int64_t y = 0; y < p.rows(); ++y)
-                        correlate_row<T, A>(start, used, sources, weights, y * g.pitch * L, g.width,
-                                            row + y * to.h + k * L, to.w, channels);
-                } else {
-                    const int64_t count = ((p.rows() - 1) * g.pitch + g.width) * g.lanes;
-                    correlate<A>(start, used, sources, weights, count, result + k * plane);
-                }
+                const int64_t channels = smaller(p.channels - k * L, L);
+                const auto correlate = [&](auto taps) {
+                    constexpr int TAPS = decltype(taps)::value;
+                    if (straight)
+                        correlate_plane<TAPS>(g, p, start, lines, sources, w, rows + k * L, to.h, to.w, channels,
+                                              out_ahead + k * L, from, in_ahead + k * L);
+                    else
+                        correlate_plane<TAPS>(g, p, start, lines, sources, w, result + k * plane, g.pitch * g.lanes,
+                                              g.lanes, L, result, from, in_ahead);
+                };
+                if (g.tile_taps == TILE_TAPS)
+                    correlate(Constant<TILE_TAPS>{});
+                else
+                    correlate(Constant<1>{});
             }
             for (int64_t y = 0; y < p.rows() && !straight; ++y)
-                copy_row_out(g, result + y * g.pitch * g.lanes, plane, row + y * to.h, to, p.channels);
+                copy_row_out(g, result + y * g.pitch * g.lanes, plane, rows + y * to.h, to, p.channels);
         }
     });
 }
@@ -452,54 +509,58 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
     using A = Arithmetic<T>;
     constexpr int64_t L = LANES<A>;
     const Geometry g = make_geometry<T>(x, grad_weight);
-    const Map<T> grad = as_map_of<T>(g, grad_out), from = as_map_of<T>(g, x);
+    const Volumes<T> grad = as_volumes<T>(g, grad_out), from = as_volumes<T>(g, x);
     const int64_t per_piece = g.groups * g.taps() * L;
-    const Buffer<double> partial(g.pieces() * per_piece);  // [piece][group][tap][lane]
+    const Buffer<double> partial(g.pieces() * per_piece);  // [piece][group][line][tap of it][lane]
+    // Runs of `accumulate`: with channels-last maps one of all positions of a plane, zeros between its rows; else columns
+    // of a vector's width.
+    const int64_t columns = g.channels_last ? 1 : divide_up(g.width, L);
+    const int64_t grad_pitch = g.channels_last ? g.pitch * L : columns * L;
 
     parallel_for(g.pieces(), [&](int64_t i) {
         const Piece p = make_piece(g, i);
-        const int64_t plane = g.plane<A>(p.rows());
-        Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * plane * sizeof(A), g.taps() * sizeof(A*),
+        const int64_t run = g.channels_last ? p.rows() * g.pitch : p.rows(), step = g.channels_last ? L : g.pitch;
+        const int64_t grad_step = g.channels_last ? L : grad_pitch;
+        const int64_t grad_plane = (run + g.tile_taps) * grad_step;
+        Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * grad_plane * sizeof(A), g.lines() * sizeof(A*),
                     2 * g.groups * L * sizeof(A));
         A* planes = arena.take<A>(Ring<T, A>::elements(g));
-        A* grads = arena.take<A>(g.groups * plane);
-        const A** sources = arena.take<const A*>(g.taps());
+        A* grads = arena.take<A>(g.groups * grad_plane);
+        const A** sources = arena.take<const A*>(g.lines());
         double* totals = partial.data + i * per_piece;
         fill_zero(totals, per_piece);
-        fill_zero(grads, g.groups * plane);
+        fill_zero(grads, g.groups * grad_plane);
 
         const Prologue<A> prologue = make_prologue(g, p, scale, shift, relu, arena.take<A>(2 * g.groups * L));
         Ring<T, A> ring(g, from, prologue, p, planes);
         for (int64_t z = p.z0; z < p.z1; ++z) {
             ring.reach(z);
-            copy_plane_in(g, grad, Prologue<A>{}, p, z, p.y0, p.rows(), 0, grads, plane);
-            const int64_t count = p.rows() * g.pitch * g.lanes;
-            const int64_t first = larger(g.taps_d / 2 - z, int64_t(0)) * g.taps_h * g.taps_w;
+            copy_rows_in(g, grad, Prologue<A>{}, p, z, p.y0, p.rows(), grads, grad_pitch, grad_plane);
             for (int64_t k = 0; k < g.used_groups(p.channels); ++k) {
-                const int64_t used = for_taps(g, z, [&](int64_t t, int64_t a, int64_t b, int64_t c) {
-                    sources[t] = ring.slot(z + a - g.taps_d / 2) + k * ring.group + (b * g.pitch + c) * g.lanes;
-                });
-                accumulate<A>(used, sources, grads + k * plane, count, totals + (k * g.taps() + first) * L);
+                int64_t lines;
+                const int64_t first = find_lines(g, ring, z, k, sources, &lines);
+                double* total = totals + (k * g.taps() + first * g.tile_taps) * L;
+                if (g.tile_taps == TILE_TAPS)
+                    accumulate<9 / TILE_TAPS, TILE_TAPS>(lines, sources, step, grads + k * grad_plane, grad_step, run,
+                                                         columns, total);
+                else
+                    accumulate<9, 1>(lines, sources, step, grads + k * grad_plane, grad_step, run, columns, total);
             }
         }
+        if (g.channels_last) return;
+        for (int64_t t = 0; t < g.taps(); ++t)
+            for (int64_t lane = 1; lane < L; ++lane) totals[t * L] += totals[t * L + lane];
     });
 
-    const Map<T> tap = as_map_of<T>(g, grad_weight);
-    // Pieces of the same channels, in their order; lanes too where they are positions of one channel.
+    const Volumes<T> tap = as_volumes<T>(g, grad_weight);
     for (int64_t c = 0; c < g.channels; ++c) {
         const int64_t within = c % g.channels_of_piece(), group = within / g.lanes;
-        for (int64_t t = 0; t < g.taps(); ++t) {
-            double total = 0;
-            for (int64_t i = c / g.channels_of_piece(); i < g.pieces(); i += g.channel_pieces) {
-                const double* lanes = partial.data + i * per_piece + (group * g.taps() + t) * L;
-                if (g.channels_last)
-                    total += lanes[within % g.lanes];
-                else
-                    for (int64_t lane = 0; lane < L; ++lane) total += lanes[lane];
-            }
-            const int64_t a = t / (g.taps_h * g.taps_w), rest = t % (g.taps_h * g.taps_w);
-            tap(c, 0, a, rest / g.taps_w, rest % g.taps_w) = from_arithmetic<T>(A(total));
-        }
+        for_taps(g, [&](int64_t t, int64_t a, int64_t b, int64_t e) {
+            double total = 0;  // of the pieces of the same channels, in their order
+            for (int64_t i = c / g.channels_of_piece(); i < g.pieces(); i += g.channel_pieces)
+                total += partial.data[i * per_piece + (group * g.taps() + t) * L + within % g.lanes];
+            tap(c, 0, a, b, e) = from_arithmetic<T>(A(total));
+        });
     }
 }
 

@@ -12,6 +12,10 @@
 #include <cstdint>
 #include <utility>
 
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define UTNETV2_VECTOR_BYTES 64
 #elif defined(__AVX__)
@@ -74,6 +78,18 @@ inline Vec<A> broadcast(A value) {
     return value - Vec<A>{};
 }
 
+// The compiler may otherwise load a vector from memory again for every use.
+template <class V>
+inline void keep_in_register(V& vector) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(vector));
+#elif defined(__SSE2__)
+    __asm__("" : "+x"(vector));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(vector));
+#endif
+}
+
 template <class A>
 inline Vec<A> select(Mask<A> condition, Vec<A> yes, Vec<A> no) {
     return condition ? yes : no;
@@ -86,17 +102,33 @@ inline V load_bits(const void* from) {
     return vector;
 }
 
+// GCC takes three times as many instructions as there are for these two.
+inline Bits widen(HalfBits half) {
+#if defined(__AVX512BW__)
+    return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half);
+#else
+    return __builtin_convertvector(half, Bits);
+#endif
+}
+inline HalfBits narrow(Bits bits) {
+#if defined(__AVX512BW__)
+    return (HalfBits)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits);
+#else
+    return __builtin_convertvector(bits, HalfBits);
+#endif
+}
+
 // ---- Vectors from and to storage; pointers need no alignment beyond that of T. ----
 
 inline Vec<float> load(const float* from) { return load_bits<Vec<float>>(from); }
 inline Vec<double> load(const double* from) { return load_bits<Vec<double>>(from); }
 
 inline Vec<float> load(const BFloat16* from) {
-    return (Vec<float>)(__builtin_convertvector(load_bits<HalfBits>(from), Bits) << 16);
+    return (Vec<float>)(widen(load_bits<HalfBits>(from)) << 16);
 }
 
 inline Vec<float> load(const Float16* from) {
-    const Bits half = __builtin_convertvector(load_bits<HalfBits>(from), Bits);
+    const Bits half = widen(load_bits<HalfBits>(from));
     const Bits magnitude = (half & 0x7fff) << 13;
     // The exponent's bias differs by 112; the product also normalises subnormals. Infinity and NaN keep a full exponent.
     const Bits scaled = (Bits)((Vec<float>)magnitude * 0x1p112f);
@@ -111,7 +143,7 @@ inline void store(BFloat16* to, Vec<float> value) {
     const Bits bits = (Bits)value;
     const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
     const Bits quiet = bits >> 16 | 0x40;
-    const HalfBits half = __builtin_convertvector((value == value) ? rounded : quiet, HalfBits);
+    const HalfBits half = narrow((value == value) ? rounded : quiet);
     __builtin_memcpy(to, &half, sizeof half);
 }
 
@@ -125,7 +157,7 @@ inline void store(Float16* to, Vec<float> value) {
     Bits half = magnitude < 0x38800000 ? subnormal : normal;
     half = magnitude >= 0x477ff000 ? Bits{} + 0x7c00 : half;  // 65520 and more is infinity
     half = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : half;
-    const HalfBits stored = __builtin_convertvector(half | sign, HalfBits);
+    const HalfBits stored = narrow(half | sign);
     __builtin_memcpy(to, &stored, sizeof stored);
 }
 
@@ -149,7 +181,12 @@ inline void store_part(T* to, Vec<Arithmetic<T>> value, int64_t count) {
 
 inline float to_arithmetic(float value) { return value; }
 inline double to_arithmetic(double value) { return value; }
-inline float to_arithmetic(BFloat16 value) { return load_part(&value, 1)[0]; }
+inline float to_arithmetic(BFloat16 value) {
+    const uint32_t bits = uint32_t(value.bits) << 16;
+    float result;
+    __builtin_memcpy(&result, &bits, sizeof result);
+    return result;
+}
 inline float to_arithmetic(Float16 value) { return load_part(&value, 1)[0]; }
 
 template <class T>
