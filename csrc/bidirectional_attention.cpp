@@ -83,7 +83,7 @@ Piece make_piece(const Shape& s, int64_t i) {
 // Rows of a map in whole vectors, times `factor`.
 template <class T, class A>
 void copy_map_in(const Matrices<T>& map, const Piece& p, const Shape& s, A factor, A* to) {
-    copy_in(map.of(p.b, p.h), map.row, map.column, s.l, s.d, to, s.d_pitch, 0);
+    copy_in(map.of(p.b, p.h), map.row, map.column, s.l, s.d, to, s.d_pitch);
     if (factor == A(1)) return;
     for (int64_t i = 0; i < s.l * s.d_pitch; ++i) to[i] *= factor;
 }
@@ -98,13 +98,21 @@ void multiply(A* to, int64_t count, A factor) {
     for (int64_t i = 0; i < count; i += LANES<A>) store(to + i, load(to + i) * factor);
 }
 
+// The tokens of the tile that begins at token t, to be fetched in `steps`; those of none behind the range.
+template <class T>
+Fetch<T> fetch_tile(const Shape& s, const Matrices<T>& m, const Piece& p, int64_t t, int64_t steps) {
+    const int64_t count = larger(smaller(s.tile, p.last - t), int64_t(0));
+    return {m.of(p.b, p.h) + t * m.row, m.row, m.column, count, s.d, steps};
+}
+
 // scores[j][token] of the tile that begins at token t; tokens beyond the range have none at all.
-template <class T, class A>
+template <class T, class A, class F>
 void compute_scores(const Shape& s, const Matrices<T>& q, const Piece& p, int64_t t, const A* map_q, A* q_tile,
-                    A* scores) {
+                    A* scores, const F& meanwhile) {
     const int64_t count = smaller(s.tile, p.last - t);
-    copy_in(q.of(p.b, p.h) + t * q.row, q.column, q.row, s.d, count, q_tile, s.tile, s.tile * q.row);
-    product<false>(s.l, s.tile / LANES<A>, s.d, Strided<A>{map_q, s.d_pitch, 1}, q_tile, s.tile, scores, s.tile);
+    copy_in(q.of(p.b, p.h) + t * q.row, q.column, q.row, s.d, count, q_tile, s.tile);
+    product<false>(s.l, s.tile / LANES<A>, s.d, Strided<A>{map_q, s.d_pitch, 1}, q_tile, s.tile, scores, s.tile,
+                   meanwhile);
     for (int64_t j = 0; j < s.l && count < s.tile; ++j)
         fill(scores + j * s.tile + count, s.tile - count, A(-__builtin_inf()));
 }
@@ -113,16 +121,16 @@ void compute_scores(const Shape& s, const Matrices<T>& q, const Piece& p, int64_
 template <class A>
 void find_maxima(const Shape& s, const A* scores, int64_t count, A* row_max, A& largest, A& smallest) {
     constexpr int64_t L = LANES<A>;
+    Vec<A> high = broadcast(A(-__builtin_inf())), low = -high;
     for (int64_t x = 0; x < s.tile; x += L) {
         Vec<A> top = load(scores + x);
         for (int64_t j = 1; j < s.l; ++j) top = maximum<A>(load(scores + j * s.tile + x), top);
         store(row_max + x, top);
+        high = maximum<A>(top, high);
+        if (x + L <= count) low = minimum<A>(top, low);
     }
-    largest = smallest = row_max[0];
-    for (int64_t x = 1; x < count; ++x) {
-        largest = row_max[x] > largest || row_max[x] != row_max[x] ? row_max[x] : largest;
-        smallest = row_max[x] < smallest ? row_max[x] : smallest;
-    }
+    largest = maximum<A>(high), smallest = minimum<A>(low);
+    for (int64_t x = count / L * L; x < count; ++x) smallest = row_max[x] < smallest ? row_max[x] : smallest;
 }
 
 // The sums over n of one piece, for every map token j relative to exp(reference[j]).
@@ -135,11 +143,13 @@ struct Columns {
 };
 
 // exponentials[j][token] = exp(scores - reference); row_sum over j, and over tokens added to column_sums (l, LANES).
-template <bool COLUMNS, class A>
-void exponentiate(const Shape& s, const A* scores, A reference, A* exponentials, A* row_sum, A* column_sums) {
+template <bool COLUMNS, class A, class F>
+void exponentiate(const Shape& s, const A* scores, A reference, A* exponentials, A* row_sum, A* column_sums,
+                  const F& meanwhile) {
     constexpr int64_t L = LANES<A>;
     fill(row_sum, s.tile, A(0));
     for (int64_t j = 0; j < s.l; ++j) {
+        meanwhile();
         Vec<A> column = COLUMNS ? load(column_sums + j * L) : Vec<A>{};
         for (int64_t x = 0; x < s.tile; x += L) {
             const Vec<A> e = exponential(load(scores + j * s.tile + x) - reference);
@@ -167,22 +177,38 @@ void exponentiate_rows(const Shape& s, const A* scores, const A* row_max, A* exp
     }
 }
 
-// out (tokens, d) = weights^T (tokens, l) map (l, d), each token's divided by its divisor (none without), through `tile`.
-template <class T, class A>
-void write_tokens(const Shape& s, const A* weights, const A* map, const A* divisor, int64_t count, A* tile, T* out,
-                  int64_t row, int64_t column) {
+// out (tokens, d) = weights^T (tokens, l) map (l, d), through `tile` where vectors of the product are none of `out`.
+template <class T, class A, class F>
+void write_tokens(const Shape& s, const A* weights, const A* map, int64_t count, A* tile, T* out, int64_t row,
+                  int64_t column, const F& meanwhile) {
     constexpr int64_t L = LANES<A>;
-    if (row == 1) {  // tokens vary fastest: so do they in the tile
-        product<false>(s.d, s.tile / L, s.l, Strided<A>{map, 1, s.d_pitch}, weights, s.tile, tile, s.tile);
-        for (int64_t x = 0; x < s.tile && divisor; x += L) {
-            const Vec<A> factor = A(1) / load(divisor + x);
-            for (int64_t k = 0; k < s.d; ++k) store(tile + k * s.tile + x, load(tile + k * s.tile + x) * factor);
-        }
+    const Strided<A> by_d{map, 1, s.d_pitch}, by_token{weights, 1, s.tile};
+    if (row == 1 && count == s.tile) {  // tokens vary fastest
+        product<false>(s.d, s.tile / L, s.l, by_d, weights, s.tile, out, column, meanwhile);
+    } else if (row == 1) {
+        product<false>(s.d, s.tile / L, s.l, by_d, weights, s.tile, tile, s.tile, meanwhile);
         copy_out(tile, s.tile, s.d, count, out, column, row);
+    } else if (column == 1 && s.d == s.d_pitch) {
+        product<false>(count, s.d_pitch / L, s.l, by_token, map, s.d_pitch, out, row, meanwhile);
     } else {
-        product<false>(count, s.d_pitch / L, s.l, Strided<A>{weights, 1, s.tile}, map, s.d_pitch, tile, s.d_pitch);
-        for (int64_t i = 0; i < count && divisor; ++i) multiply(tile + i * s.d_pitch, s.d_pitch, A(1) / divisor[i]);
+        product<false>(count, s.d_pitch / L, s.l, by_token, map, s.d_pitch, tile, s.d_pitch, meanwhile);
         copy_out(tile, s.d_pitch, count, s.d, out, row, column);
+    }
+}
+
+int64_t write_steps(const Shape& s, int64_t lanes, int64_t row) {
+    return row == 1 ? product_steps(s.d, s.tile / lanes) : product_steps(s.tile, s.d_pitch / lanes);
+}
+
+// Every token's weights divided by their sum.
+template <class A>
+void divide_rows(const Shape& s, A* weights, const A* row_sum) {
+    for (int64_t x = 0; x < s.tile; x += LANES<A>) {
+        const Vec<A> factor = A(1) / load(row_sum + x);
+        for (int64_t j = 0; j < s.l; ++j) {
+            A* at = weights + j * s.tile + x;
+            store(at, load(at) * factor);
+        }
     }
 }
 
@@ -196,7 +222,7 @@ void sum_columns_apart(const Shape& s, const Matrices<T>& q, const Matrices<T>& 
     fill(columns.weighted, s.l * s.d_pitch, A(0));
     for (int64_t t = p.first; t < p.last; t += s.tile) {
         const int64_t count = smaller(s.tile, p.last - t);
-        compute_scores(s, q, p, t, map_q, q_tile, scores);
+        compute_scores(s, q, p, t, map_q, q_tile, scores, [] {});
         for (int64_t j = 0; j < s.l; ++j) {
             A* column = scores + j * s.tile;
             Vec<A> top = load(column);
@@ -213,8 +239,7 @@ void sum_columns_apart(const Shape& s, const Matrices<T>& q, const Matrices<T>& 
             columns.sum[j] = columns.sum[j] * factor + sum<A>(total);
             multiply(columns.weighted + j * s.d_pitch, s.d_pitch, factor);
         }
-        copy_in(v.of(p.b, p.h) + t * v.row, v.row, v.column, count, s.d, v_tile, s.d_pitch,
-                    s.tile * v.row);
+        copy_in(v.of(p.b, p.h) + t * v.row, v.row, v.column, count, s.d, v_tile, s.d_pitch);
         product<true>(s.l, s.d_pitch / L, count, Strided<A>{scores, s.tile, 1}, v_tile, s.d_pitch, columns.weighted,
                       s.d_pitch);
     }
@@ -226,6 +251,7 @@ void attend(const Shape& s, const Matrices<T>& q, const Matrices<T>& v, const Ma
             const Matrices<T>& map_v, A scale, const Matrices<T>& out, A* sums) {
     constexpr int64_t L = LANES<A>;
     const A lowest = exponential(broadcast(A(-COLUMN_RANGE)))[0];
+    const int64_t scores_steps = product_steps(s.l, s.tile / L);
     parallel_for(s.pieces(), [&](int64_t i) {
         const Piece p = make_piece(s, i);
         const int64_t map_size = s.l * s.d_pitch, tile_size = s.tile * s.d_pitch, scores_size = s.l * s.tile;
@@ -251,7 +277,7 @@ void attend(const Shape& s, const Matrices<T>& q, const Matrices<T>& v, const Ma
         A reference = A(-__builtin_inf());
         for (int64_t t = p.first; t < p.last; t += s.tile) {
             const int64_t count = smaller(s.tile, p.last - t);
-            compute_scores(s, q, p, t, q_map, q_tile, scores);
+            compute_scores(s, q, p, t, q_map, q_tile, scores, fetch_tile(s, out, p, t, scores_steps));
             A largest, smallest;
             find_maxima(s, scores, count, row_max, largest, smallest);
             if (!(largest <= reference)) {
@@ -264,16 +290,17 @@ void attend(const Shape& s, const Matrices<T>& q, const Matrices<T>& v, const Ma
             }
             const bool shared = smallest >= reference - A(ROW_RANGE);
             if (COLUMNS || shared)
-                exponentiate<COLUMNS>(s, scores, reference, exponentials, row_sum, column_sums);
+                exponentiate<COLUMNS>(s, scores, reference, exponentials, row_sum, column_sums,
+                                      fetch_tile(s, v, p, COLUMNS ? t + s.tile : p.last, s.l));
             if (COLUMNS) {
-                copy_in(v.of(p.b, p.h) + t * v.row, v.row, v.column, count, s.d, v_tile, s.d_pitch,
-                    s.tile * v.row);
+                copy_in(v.of(p.b, p.h) + t * v.row, v.row, v.column, count, s.d, v_tile, s.d_pitch);
                 product<true>(s.l, s.d_pitch / L, count, Strided<A>{exponentials, s.tile, 1}, v_tile, s.d_pitch,
                               columns.weighted, s.d_pitch);
             }
             if (!shared) exponentiate_rows(s, scores, row_max, exponentials, row_sum);
-            write_tokens(s, exponentials, v_map, row_sum, count, q_tile, out.of(p.b, p.h) + t * out.row, out.row,
-                         out.column);
+            divide_rows(s, exponentials, row_sum);
+            write_tokens(s, exponentials, v_map, count, q_tile, out.of(p.b, p.h) + t * out.row, out.row, out.column,
+                         fetch_tile(s, q, p, t + s.tile, write_steps(s, L, out.row)));
         }
         if (!COLUMNS) return;
         bool apart = s.few_tokens();
@@ -337,6 +364,7 @@ void differentiate(const Shape& s, const Matrices<T>& grad_out, const Matrices<T
                    const Matrices<T>& grad_map_q, const Matrices<T>& grad_map_v) {
     constexpr int64_t L = LANES<A>;
     const int64_t map_size = s.l * s.d_pitch, tile_size = s.tile * s.d_pitch, scores_size = s.l * s.tile;
+    const int64_t scores_steps = product_steps(s.l, s.tile / L);
     const Buffer<A> partial(s.pieces() * 2 * map_size);  // [piece][grad_map_q, grad_map_v][j][k]
 
     parallel_for(s.pieces(), [&](int64_t i) {
@@ -383,24 +411,26 @@ void differentiate(const Shape& s, const Matrices<T>& grad_out, const Matrices<T
 
         for (int64_t t = p.first; t < p.last; t += s.tile) {
             const int64_t count = smaller(s.tile, p.last - t);
-            compute_scores(s, q, p, t, q_map, q_tile, scores);
+            compute_scores(s, q, p, t, q_map, q_tile, scores, fetch_tile(s, grad_q, p, t, scores_steps));
             A largest, smallest;
             find_maxima(s, scores, count, row_max, largest, smallest);
             const bool shared = !s.few_tokens() && smallest >= largest - A(ROW_RANGE) &&
                                 lowest_lse >= largest - A(COLUMN_RANGE);
             if (shared)
-                exponentiate<false>(s, scores, largest, rows, row_sum, static_cast<A*>(nullptr));
+                exponentiate<false>(s, scores, largest, rows, row_sum, static_cast<A*>(nullptr),
+                                    fetch_tile(s, grad_out, p, t + s.tile, s.l));
             else
                 exponentiate_rows(s, scores, row_max, rows, row_sum);
 
             const T* grad = grad_out.of(p.b, p.h) + t * grad_out.row;
-            copy_in(grad, grad_out.column, grad_out.row, s.d, count, grad_tile, s.tile, s.tile * grad_out.row);
-            product<false>(s.l, s.tile / L, s.d, Strided<A>{v_map, s.d_pitch, 1}, grad_tile, s.tile, grad_rows, s.tile);
+            copy_in(grad, grad_out.column, grad_out.row, s.d, count, grad_tile, s.tile);
+            product<false>(s.l, s.tile / L, s.d, Strided<A>{v_map, s.d_pitch, 1}, grad_tile, s.tile, grad_rows, s.tile,
+                           fetch_tile(s, q, p, t + s.tile, scores_steps));
             if (COLUMNS) {
                 copy_in(column.v.of(p.b, p.h) + t * column.v.row, column.v.column, column.v.row, s.d, count, v_tile,
-                        s.tile, s.tile * column.v.row);
+                        s.tile);
                 product<false>(s.l, s.tile / L, s.d, Strided<A>{grad_map, s.d_pitch, 1}, v_tile, s.tile, grad_columns,
-                               s.tile);
+                               s.tile, fetch_tile(s, column.grad_v, p, t, scores_steps));
                 for (int64_t j = 0; j < s.l_pitch && shared; j += L)
                     store(column_factor + j, exponential(largest - load(lse + j)));
             }
@@ -427,16 +457,17 @@ void differentiate(const Shape& s, const Matrices<T>& grad_out, const Matrices<T
                     store(grad_rows + at, grad_score);
                 }
 
-            write_tokens(s, grad_rows, q_map, static_cast<const A*>(nullptr), count, result_tile,
-                         grad_q.of(p.b, p.h) + t * grad_q.row, grad_q.row, grad_q.column);
+            write_tokens(s, grad_rows, q_map, count, result_tile, grad_q.of(p.b, p.h) + t * grad_q.row, grad_q.row,
+                         grad_q.column, [] {});
             if (COLUMNS)
-                write_tokens(s, grad_columns, grad_map, static_cast<const A*>(nullptr), count, result_tile,
+                write_tokens(s, grad_columns, grad_map, count, result_tile,
                              column.grad_v.of(p.b, p.h) + t * column.grad_v.row, column.grad_v.row,
-                             column.grad_v.column);
-            copy_in(q.of(p.b, p.h) + t * q.row, q.row, q.column, count, s.d, q_tile, s.d_pitch, 0);
+                             column.grad_v.column,
+                             fetch_tile(s, column.v, p, t + s.tile, write_steps(s, L, column.grad_v.row)));
+            copy_in(q.of(p.b, p.h) + t * q.row, q.row, q.column, count, s.d, q_tile, s.d_pitch);
             product<true>(s.l, s.d_pitch / L, count, Strided<A>{grad_rows, s.tile, 1}, q_tile, s.d_pitch, grad_q_map,
                           s.d_pitch);
-            copy_in(grad, grad_out.row, grad_out.column, count, s.d, grad_tile, s.d_pitch, 0);
+            copy_in(grad, grad_out.row, grad_out.column, count, s.d, grad_tile, s.d_pitch);
             product<true>(s.l, s.d_pitch / L, count, Strided<A>{rows, s.tile, 1}, grad_tile, s.d_pitch, grad_v_map,
                           s.d_pitch);
         }
