@@ -304,7 +304,7 @@ inline void correlate_tile(Vec<A> start, int64_t lines, const A* const* source, 
 #pragma GCC unroll 32
         for (int r = 0; r < COUNT + TAPS - 1; ++r) {
             Vec<A> in = load(from + r * step.plane);
-            if (TAPS > 1) keep_in_register(in);
+            if (TAPS > 1) keep_in_register<A>(in);
 #pragma GCC unroll 4
             for (int t = 0; t < TAPS; ++t)
                 if (r - t >= 0 && r - t < COUNT) total[r - t] += w[t] * in;
@@ -371,7 +371,7 @@ void accumulate_lines(const A* const* source, int64_t step, const A* grad, int64
 #pragma GCC unroll 16
             for (int line = 0; line < LINES; ++line) {
                 Vec<A> in = load(source[line] + j + i * step);
-                if (TAPS > 1) keep_in_register(in);
+                if (TAPS > 1) keep_in_register<A>(in);
 #pragma GCC unroll 4
                 for (int t = 0; t < TAPS; ++t) products[line][t] += last[t] * in;
             }

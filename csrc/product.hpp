@@ -27,16 +27,26 @@ inline void product_block(int64_t depth, const Strided<A>& a, const A* b, int64_
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
         for (int x = 0; x < VECTORS; ++x) total[i][x] = Vec<A>{};
-    for (int64_t k = 0; k < depth; ++k) {
+    // An address has room for one or two strides: a pointer for every three rows spares registers.
+    constexpr int GROUPS = (ROWS + 2) / 3;
+    const A* rows[GROUPS];
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; ++g) rows[g] = a.data + 3 * g * a.row;
+    const int64_t stride = a.row;
+    for (int64_t k = 0; k < depth; ++k, b += b_row) {
         Vec<A> right[VECTORS];
 #pragma GCC unroll 2
-        for (int x = 0; x < VECTORS; ++x) right[x] = load(b + k * b_row + x * L);
+        for (int x = 0; x < VECTORS; ++x) right[x] = load(b + x * L);
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUPS; ++g) keep_in_register(rows[g]);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
-            const Vec<A> left = broadcast(a.data[i * a.row + k * a.column]);
+            const Vec<A> left = broadcast(rows[i / 3][i % 3 * stride]);
 #pragma GCC unroll 2
             for (int x = 0; x < VECTORS; ++x) total[i][x] += left * right[x];
         }
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUPS; ++g) rows[g] += a.column;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)

@@ -78,16 +78,19 @@ inline Vec<A> broadcast(A value) {
     return value - Vec<A>{};
 }
 
-// The compiler may otherwise load a vector from memory again for every use.
-template <class V>
-inline void keep_in_register(V& vector) {
+// The compiler may otherwise load a vector again for every use.
+template <class A>
+inline void keep_in_register([[maybe_unused]] Vec<A>& vector) {
 #if defined(__AVX512F__)
     __asm__("" : "+v"(vector));
 #elif defined(__SSE2__)
     __asm__("" : "+x"(vector));
-#elif defined(__aarch64__)
-    __asm__("" : "+w"(vector));
 #endif
+}
+// It may otherwise derive one of several pointers from the others, which takes more registers than it spares.
+template <class T>
+inline void keep_in_register(const T*& pointer) {
+    __asm__("" : "+r"(pointer));
 }
 
 template <class A>
