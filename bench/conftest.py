@@ -90,7 +90,7 @@ def _seed() -> Iterator[None]:
 def compare(
     benchmark: BenchmarkFixture, device: torch.device, dtype: torch.dtype, roof: Callable[[torch.dtype], Roof]
 ) -> Callable[..., None]:
-    """Time `ours` and its peers in turn, once its results are those of `exact` in float64; peers that are wrong, not."""
+    """Time `ours`, once it gives `exact` of float64, and in turn with it those peers that do."""
 
     def error_of(run: Results, exact: Sequence[Tensor], compared: Callable[[Tensor], Tensor]) -> float:
         errors = [

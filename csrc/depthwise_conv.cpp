@@ -34,7 +34,6 @@ namespace {
 
 constexpr int64_t PLANES_BYTES = 384 << 10;  // of the planes of a piece: most of a second cache of today's smaller ones
 constexpr int64_t PIECES = 32;               // at least, where the shape allows: enough for many threads
-constexpr int64_t LINE = 64;                 // bytes of a cache line
 // Bytes of one position's channels that a piece takes: positions lie a power of two apart, and single lines of them
 // would fall on few sets of the caches and touch a page for little.
 constexpr int64_t CHANNEL_BYTES = 256;
@@ -137,6 +136,13 @@ struct Volumes : Map<T> {
     T* plane(const Piece& p, int64_t z) const {
         return this->data + p.sample * this->b + p.slice * slice + p.channel * this->c + z * this->d;
     }
+    // The piece's rows in the plane that it needs next after those around plane z, up to `reach` planes on; behind its last
+    // one that of the next piece, which has the next channels.
+    const T* ahead(const Geometry& g, const Piece& p, int64_t z, int64_t reach) const {
+        const int64_t next = z + reach + 1, rows = p.y0 * this->h;
+        if (next < smaller(p.z1 + reach, g.depth)) return plane(p, next) + rows;
+        return plane(p, larger(p.z0 - reach, int64_t(0))) + g.channels_of_piece() * this->c + rows;
+    }
 };
 
 template <class T>
@@ -173,8 +179,6 @@ void copy_row_in(const Geometry& g, const T* from, const Volumes<T>& map, const 
     if (!g.channels_last) {
         int64_t x = 0;
         if (map.w == 1) {
-            constexpr int64_t line = LINE / int64_t(sizeof(T));
-            for (int64_t ahead = 0; ahead < g.width; ahead += line) __builtin_prefetch(from + map.d + ahead, 0, 2);
             for (; x + LANES<A> <= g.width; x += LANES<A>) store(to + x, prologue(load(from + x), 0));
             if (x < g.width && x > 0) {  // the last vector overlaps the one before
                 x = g.width - LANES<A>;
@@ -254,17 +258,21 @@ struct Ring {
     }
     static int64_t elements(const Geometry& g) { return g.taps_d * g.groups * g.plane<A>(g.band + g.taps_h - 1); }
 
-    // What `copy_plane_in` leaves of a plane: rows outside the map, the ends of all rows, the slack.
+    // What `copy_rows_in` leaves of a plane: rows outside the map, what lies between rows, the slack. Whole vectors reach
+    // into the rows, which are not there yet.
     void zero_surroundings(A* plane) const {
-        const int64_t rows = piece.rows() + g.taps_h - 1, row = g.pitch * g.lanes, before = g.taps_w / 2 * g.lanes;
+        const int64_t rows = piece.rows() + g.taps_h - 1, row = g.pitch * g.lanes;
+        const int64_t between = (g.taps_w - 1) * g.lanes, behind = (g.taps_w / 2 + g.width) * g.lanes;
+        const auto zero = [](A* to, int64_t count) {
+            for (int64_t i = 0; i < count; i += LANES<A>) store(to + i, Vec<A>{});
+        };
+        zero(plane, between);
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t y = piece.y0 - g.taps_h / 2 + i;
-            if (y < 0 || y >= g.height) {
-                fill_zero(plane + i * row, row);
-            } else {
-                fill_zero(plane + i * row, before);
-                fill_zero(plane + i * row + before + g.width * g.lanes, before);
-            }
+            if (y < 0 || y >= g.height)
+                zero(plane + i * row, row);
+            else
+                zero(plane + i * row + behind, between);
         }
         fill_zero(plane + rows * row, group - rows * row);
     }
@@ -357,14 +365,16 @@ void correlate_plane(const Geometry& g, const Piece& p, Vec<A> start, int64_t li
 }
 
 // total[line][t] += sum over i of grad[i] * source[line][i + t], for LINES lines and vectors i of `columns` runs side by
-// side. Behind a run of `grad` lie TAPS - 1 vectors of zeros.
-template <int LINES, int TAPS, class A>
+// side, which start at multiples j of LANES. Behind a run of `grad` lie TAPS - 1 vectors of zeros. `meanwhile` is called
+// for every i and j.
+template <int LINES, int TAPS, class A, class F>
 void accumulate_lines(const A* const* source, int64_t step, const A* grad, int64_t grad_step, int64_t run,
-                      int64_t columns, double* total) {
+                      int64_t columns, double* total, const F& meanwhile) {
     Vec<A> products[LINES][TAPS] = {};
     for (int64_t j = 0; j < columns * LANES<A>; j += LANES<A>) {
         Vec<A> last[TAPS] = {};  // last[t] = grad[i - t]
         for (int64_t i = 0; i < run + TAPS - 1; ++i) {
+            meanwhile(i, j);
 #pragma GCC unroll 4
             for (int t = TAPS - 1; t > 0; --t) last[t] = last[t - 1];
             last[0] = load(grad + j + i * grad_step);
@@ -382,13 +392,19 @@ void accumulate_lines(const A* const* source, int64_t step, const A* grad, int64
             for (int64_t i = 0; i < LANES<A>; ++i) total[i] += products[line][t][i];
 }
 
-template <int LINES, int TAPS, class A>
+template <int LINES, int TAPS, class A, class F>
 void accumulate(int64_t lines, const A* const* source, int64_t step, const A* grad, int64_t grad_step, int64_t run,
-                int64_t columns, double* total) {
-    for (; lines >= LINES; lines -= LINES, source += LINES, total += LINES * TAPS * LANES<A>)
-        accumulate_lines<LINES, TAPS>(source, step, grad, grad_step, run, columns, total);
+                int64_t columns, double* total, const F& meanwhile) {
+    if (lines >= LINES) {
+        accumulate_lines<LINES, TAPS>(source, step, grad, grad_step, run, columns, total, meanwhile);
+        lines -= LINES, source += LINES, total += LINES * TAPS * LANES<A>;
+        const auto nothing = [](int64_t, int64_t) {};
+        for (; lines >= LINES; lines -= LINES, source += LINES, total += LINES * TAPS * LANES<A>)
+            accumulate_lines<LINES, TAPS>(source, step, grad, grad_step, run, columns, total, nothing);
+    }
     if constexpr (LINES > 1)
-        if (lines > 0) accumulate<LINES - 1, TAPS>(lines, source, step, grad, grad_step, run, columns, total);
+        if (lines > 0)
+            accumulate<LINES - 1, TAPS>(lines, source, step, grad, grad_step, run, columns, total, meanwhile);
 }
 
 // Points `source` to what every line whose plane exists meets first, for output plane z and a vector of channels. Returns
@@ -458,25 +474,28 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
         const A** sources = arena.take<const A*>(g.lines());
 
         const Volumes<T> tap = as_volumes<T>(g, weight);
-        for (int64_t k = 0; k < g.groups; ++k)
-            for (int64_t lane = 0; lane < L; ++lane) {
-                const int64_t within = k * g.lanes + (g.channels_last ? lane : 0), c = p.channel + within;
-                const bool exists = within < p.channels;
-                A* w = weights + k * g.taps() * L + lane;
-                for_taps(g, [&](int64_t i, int64_t a, int64_t b, int64_t e) {
-                    w[i * L] = exists ? to_arithmetic(tap(c, 0, a, b, e)) : A(0);
-                });
-                starts[k * L + lane] =
-                    bias && exists ? to_arithmetic(static_cast<T*>(bias->data)[c * bias->strides[0]]) : A(0);
-            }
+        for (int64_t within = 0; within < g.channels_of_piece(); ++within) {
+            const int64_t c = p.channel + within, k = within / g.lanes, lane = within % g.lanes;
+            const bool exists = within < p.channels;
+            const auto set = [&](A* vector, A value) {
+                if (g.channels_last)
+                    vector[lane] = value;
+                else
+                    store(vector, broadcast(value));
+            };
+            for_taps(g, [&](int64_t i, int64_t a, int64_t b, int64_t e) {
+                set(weights + (k * g.taps() + i) * L, exists ? to_arithmetic(tap(c, 0, a, b, e)) : A(0));
+            });
+            set(starts + k * L, bias && exists ? to_arithmetic(static_cast<T*>(bias->data)[c * bias->strides[0]]) : A(0));
+        }
 
         const Prologue<A> prologue = make_prologue(g, p, scale, shift, relu, arena.take<A>(2 * g.groups * L));
         Ring<T, A> ring(g, from, prologue, p, planes);
         for (int64_t z = p.z0; z < p.z1; ++z) {
             ring.reach(z);
             T* rows = to.plane(p, z) + p.y0 * to.h;
-            const T* out_ahead = rows + (g.channels_last ? AHEAD * to.w : z + 1 < p.z1 ? to.d : 0);
-            const T* in_ahead = from.plane(p, smaller(z + g.taps_d / 2 + 1, g.depth - 1)) + p.y0 * from.h;
+            const T* in_ahead = from.ahead(g, p, z, g.taps_d / 2);
+            const T* out_ahead = g.channels_last ? rows + AHEAD * to.w : to.ahead(g, p, z, 0);
             for (int64_t k = 0; k < g.used_groups(p.channels); ++k) {
                 int64_t lines;
                 const int64_t first = find_lines(g, ring, z, k, sources, &lines);
@@ -510,8 +529,9 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
     constexpr int64_t L = LANES<A>;
     const Geometry g = make_geometry<T>(x, grad_weight);
     const Volumes<T> grad = as_volumes<T>(g, grad_out), from = as_volumes<T>(g, x);
-    const int64_t per_piece = g.groups * g.taps() * L;
-    const Buffer<double> partial(g.pieces() * per_piece);  // [piece][group][line][tap of it][lane]
+    const int64_t sums = g.groups * g.taps() * L;                     // [group][line][tap of it][lane]
+    const int64_t per_piece = g.channels_last ? sums : g.taps();      // the lanes of a channel are put together there
+    const Buffer<double> partial(g.pieces() * per_piece);
     // Runs of `accumulate`: with channels-last maps one of all positions of a plane, zeros between its rows; else columns
     // of a vector's width.
     const int64_t columns = g.channels_last ? 1 : divide_up(g.width, L);
@@ -523,12 +543,12 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
         const int64_t grad_step = g.channels_last ? L : grad_pitch;
         const int64_t grad_plane = (run + g.tile_taps) * grad_step;
         Arena arena(Ring<T, A>::elements(g) * sizeof(A), g.groups * grad_plane * sizeof(A), g.lines() * sizeof(A*),
-                    2 * g.groups * L * sizeof(A));
+                    sums * sizeof(double), 2 * g.groups * L * sizeof(A));
         A* planes = arena.take<A>(Ring<T, A>::elements(g));
         A* grads = arena.take<A>(g.groups * grad_plane);
         const A** sources = arena.take<const A*>(g.lines());
-        double* totals = partial.data + i * per_piece;
-        fill_zero(totals, per_piece);
+        double* totals = arena.take<double>(sums);
+        fill_zero(totals, sums);
         fill_zero(grads, g.groups * grad_plane);
 
         const Prologue<A> prologue = make_prologue(g, p, scale, shift, relu, arena.take<A>(2 * g.groups * L));
@@ -536,32 +556,47 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
         for (int64_t z = p.z0; z < p.z1; ++z) {
             ring.reach(z);
             copy_rows_in(g, grad, Prologue<A>{}, p, z, p.y0, p.rows(), grads, grad_pitch, grad_plane);
+            const T *x_ahead = from.ahead(g, p, z, g.taps_d / 2), *grad_ahead = grad.ahead(g, p, z, 0);
             for (int64_t k = 0; k < g.used_groups(p.channels); ++k) {
                 int64_t lines;
                 const int64_t first = find_lines(g, ring, z, k, sources, &lines);
                 double* total = totals + (k * g.taps() + first * g.tile_taps) * L;
-                if (g.tile_taps == TILE_TAPS)
-                    accumulate<9 / TILE_TAPS, TILE_TAPS>(lines, sources, step, grads + k * grad_plane, grad_step, run,
-                                                         columns, total);
+                const A* grad_of = grads + k * grad_plane;
+                const auto sum_up = [&](const auto& meanwhile) {
+                    if (g.tile_taps == TILE_TAPS)
+                        accumulate<9 / TILE_TAPS, TILE_TAPS>(lines, sources, step, grad_of, grad_step, run, columns,
+                                                             total, meanwhile);
+                    else
+                        accumulate<9, 1>(lines, sources, step, grad_of, grad_step, run, columns, total, meanwhile);
+                };
+                if (g.channels_last)
+                    sum_up([](int64_t, int64_t) {});
                 else
-                    accumulate<9, 1>(lines, sources, step, grads + k * grad_plane, grad_step, run, columns, total);
+                    sum_up([&](int64_t i, int64_t j) {
+                        __builtin_prefetch(x_ahead + i * from.h + j, 0, 2);
+                        __builtin_prefetch(grad_ahead + i * grad.h + j, 0, 2);
+                    });
             }
         }
-        if (g.channels_last) return;
-        for (int64_t t = 0; t < g.taps(); ++t)
-            for (int64_t lane = 1; lane < L; ++lane) totals[t * L] += totals[t * L + lane];
+        double* to = partial.data + i * per_piece;
+        for (int64_t t = 0; t < sums; ++t)
+            if (g.channels_last)
+                to[t] = totals[t];
+            else
+                to[t / L] = t % L == 0 ? totals[t] : to[t / L] + totals[t];
     });
 
     const Volumes<T> tap = as_volumes<T>(g, grad_weight);
-    for (int64_t c = 0; c < g.channels; ++c) {
+    parallel_for(g.channels, [&](int64_t c) {
         const int64_t within = c % g.channels_of_piece(), group = within / g.lanes;
         for_taps(g, [&](int64_t t, int64_t a, int64_t b, int64_t e) {
+            const int64_t at = g.channels_last ? (group * g.taps() + t) * L + within % g.lanes : t;
             double total = 0;  // of the pieces of the same channels, in their order
             for (int64_t i = c / g.channels_of_piece(); i < g.pieces(); i += g.channel_pieces)
-                total += partial.data[i * per_piece + (group * g.taps() + t) * L + within % g.lanes];
+                total += partial.data[i * per_piece + at];
             tap(c, 0, a, b, e) = from_arithmetic<T>(A(total));
         });
-    }
+    });
 }
 
 }  // namespace

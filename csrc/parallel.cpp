@@ -32,8 +32,10 @@ void run_parallel(int64_t count, void (*run)(const void* context, int64_t i), co
         }
     };
 #ifdef _OPENMP
-    // Dynamic: another program on one of the cores must not make all the others wait.
-#pragma omp parallel for schedule(dynamic) if (count > 1)
+    // Dynamic: another program on one of the cores must not make all the others wait. Several at a time: neighbours
+    // often lie side by side in memory, and a small one takes less than it takes to fetch its number.
+    const int64_t chunk = count / (16 * thread_count()) + 1;
+#pragma omp parallel for schedule(dynamic, chunk) if (count > 1)
 #endif
     for (int64_t i = 0; i < count; ++i) guarded(i);
     if (failure) std::rethrow_exception(failure);
