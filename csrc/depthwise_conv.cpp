@@ -269,10 +269,8 @@ struct Ring {
         zero(plane, between);
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t y = piece.y0 - g.taps_h / 2 + i;
-            if (y < 0 || y >= g.height)
-                zero(plane + i * row, row);
-            else
-                zero(plane + i * row + behind, between);
+            if (y < 0 || y >= g.height) zero(plane + i * row, row);
+            zero(plane + i * row + behind, between);
         }
         fill_zero(plane + rows * row, group - rows * row);
     }
