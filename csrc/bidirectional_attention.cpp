@@ -9,13 +9,14 @@
 //   dS = P (dP - sum over l of P dP) + C (dC - <dmap_out, map_out>)
 //   dq = scale dS map_q,   dmap_q = scale dS^T q,   dv = C dmap_out,   dmap_v = P^T dout
 //
-// Three products of n l d forward and seven backward, against (3 n d) and (5 n d) elements to move: 4 l / 3 operations a
-// byte, so arithmetic is the roof, and after it the exponentials. A piece of work is a head and a range of tokens, cut
-// into tiles that stay in cache. S lies transposed, tokens across the lanes, which makes the softmax over l a matter of
-// whole vectors. One exponential serves both softmaxes: E = exp(S - R), R the largest score met so far, gives P when
-// divided by its sum over l and C by its sum over n, as long as no row's maximum is so far below R that E underflows
-// (that tile then takes exponentials of its own), and no column's either (the piece's columns are then done again, each
-// from its own maximum). A piece's columns are partial sums; a second pass puts the pieces together in their order.
+// Three products of n l d forward and seven backward, against (3 n d) and (5 n d) elements to move: 4 l / 3 operations
+// a byte, so arithmetic is the roof, and after it the exponentials. A piece of work is a head and a range of tokens,
+// cut into tiles that stay in cache. S lies transposed, tokens across the lanes, which makes the softmax over l a
+// matter of whole vectors. One exponential serves both softmaxes: E = exp(S - R), R the largest score met so far, gives
+// P when divided by its sum over l and C by its sum over n, as long as no row's maximum is so far below R that E
+// underflows (that tile then takes exponentials of its own), and no column's either (the piece's columns are then done
+// again, each from its own maximum). A piece's columns are partial sums; a second pass puts the pieces together in
+// their order.
 #include "kernel_tools.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
@@ -108,7 +109,7 @@ Fetch<T> fetch_tile(const Shape& s, const Matrices<T>& m, const Piece& p, int64_
 // scores[j][token] of the tile that begins at token t; tokens beyond the range have none at all.
 template <class T, class A, class F>
 void compute_scores(const Shape& s, const Matrices<T>& q, const Piece& p, int64_t t, const A* map_q, A* q_tile,
-                    A* scores, const F& meanwhile) {
+                    A* scores, F&& meanwhile) {
     const int64_t count = smaller(s.tile, p.last - t);
     copy_in(q.of(p.b, p.h) + t * q.row, q.column, q.row, s.d, count, q_tile, s.tile);
     product<false>(s.l, s.tile / LANES<A>, s.d, Strided<A>{map_q, s.d_pitch, 1}, q_tile, s.tile, scores, s.tile,
@@ -145,7 +146,7 @@ struct Columns {
 // exponentials[j][token] = exp(scores - reference); row_sum over j, and over tokens added to column_sums (l, LANES).
 template <bool COLUMNS, class A, class F>
 void exponentiate(const Shape& s, const A* scores, A reference, A* exponentials, A* row_sum, A* column_sums,
-                  const F& meanwhile) {
+                  F&& meanwhile) {
     constexpr int64_t L = LANES<A>;
     fill(row_sum, s.tile, A(0));
     for (int64_t j = 0; j < s.l; ++j) {
@@ -180,7 +181,7 @@ void exponentiate_rows(const Shape& s, const A* scores, const A* row_max, A* exp
 // out (tokens, d) = weights^T (tokens, l) map (l, d), through `tile` where vectors of the product are none of `out`.
 template <class T, class A, class F>
 void write_tokens(const Shape& s, const A* weights, const A* map, int64_t count, A* tile, T* out, int64_t row,
-                  int64_t column, const F& meanwhile) {
+                  int64_t column, F&& meanwhile) {
     constexpr int64_t L = LANES<A>;
     const Strided<A> by_d{map, 1, s.d_pitch}, by_token{weights, 1, s.tile};
     if (row == 1 && count == s.tile) {  // tokens vary fastest

@@ -4,9 +4,9 @@
 //   grad_x = (grad_mean + 2 (x - mean) grad_variance) / n [+ the gradient that x has from elsewhere]
 //
 // The roof is memory: x is read once, and on the way back x and the other gradient are read once and grad_x written.
-// So a chunk is summed, then, while it lies in cache, its distances from its own mean and their squares are. Chunks merge
-// into a piece by the formula of Chan, Golub and LeVeque, and pieces, which are few, by two sums; both in double and in
-// a fixed order. No square of a large mean is ever subtracted from another.
+// So a chunk is summed, then, while it lies in cache, its distances from its own mean and their squares are. Chunks
+// merge into a piece by the formula of Chan, Golub and LeVeque, and pieces, which are few, by two sums; both in double
+// and in a fixed order. No square of a large mean is ever subtracted from another.
 #include "channel_tiles.hpp"
 #include "kernel_tools.hpp"
 #include "kernels.hpp"

@@ -11,17 +11,17 @@
 // ring of the A planes that the taps reach, each copied into thread-owned memory that fits the second cache, with zeros
 // around it, in float whatever the storage type. On such a plane a tap is a constant offset, without edge cases.
 //
-// With channels-last maps a vector holds channels of one position, with all others positions of one channel. A tile is a
-// run of vectors of output, beside each other with channels-last maps, below each other with others. Of three taps along
-// it (TILE_TAPS) each vector that is loaded serves all, which leaves the rest of the taps, the lines:
+// With channels-last maps a vector holds channels of one position, with all others positions of one channel. A tile is
+// a run of vectors of output, beside each other with channels-last maps, below each other with others. Of three taps
+// along it (TILE_TAPS) each vector that is loaded serves all, which leaves the rest of the taps, the lines:
 //
 //   out[r] += sum over lines and t < 3 of weight[line][t] * source[line][r + t]
 //
 // Kernels of other sizes take every tap as a line. While a tile is computed, what the next planes need is fetched: the
 // lines of memory of a tile lie apart, which no processor foresees.
 //
-// Channels-last maps that no tap crosses the planes of (2D, or a kernel of 1 x B x C) are taken as planes of one row each,
-// so that every row is copied in once here too.
+// Channels-last maps that no tap crosses the planes of (2D, or a kernel of 1 x B x C) are taken as planes of one row
+// each, so that every row is copied in once here too.
 #include "kernel_tools.hpp"
 #include "kernels.hpp"
 #include "map.hpp"
@@ -48,10 +48,10 @@ struct Geometry {
     int64_t taps_d, taps_h, taps_w;
     int64_t tile_taps;                 // of a line: TILE_TAPS or 1
     int64_t line_taps_h, line_taps_w;  // a plane's taps that are lines of their own
-    int64_t lanes;       // channels side by side in a vector: all lanes, or 1
-    int64_t groups;      // vectors of channels in a piece
-    int64_t pitch;       // positions from row to row of a plane
-    int64_t band, slab;  // rows and planes of a piece's output
+    int64_t lanes;                     // channels side by side in a vector: all lanes, or 1
+    int64_t groups;                    // vectors of channels in a piece
+    int64_t pitch;                     // positions from row to row of a plane
+    int64_t band, slab;                // rows and planes of a piece's output
     int64_t bands, slabs, channel_pieces;
 
     int64_t pieces() const { return batch * slices * channel_pieces * slabs * bands; }
@@ -136,8 +136,8 @@ struct Volumes : Map<T> {
     T* plane(const Piece& p, int64_t z) const {
         return this->data + p.sample * this->b + p.slice * slice + p.channel * this->c + z * this->d;
     }
-    // The piece's rows in the plane that it needs next after those around plane z, up to `reach` planes on; behind its last
-    // one that of the next piece, which has the next channels.
+    // The piece's rows in the plane that it needs next after those around plane z, up to `reach` planes on; behind its
+    // last one that of the next piece, which has the next channels.
     const T* ahead(const Geometry& g, const Piece& p, int64_t z, int64_t reach) const {
         const int64_t next = z + reach + 1, rows = p.y0 * this->h;
         if (next < smaller(p.z1 + reach, g.depth)) return plane(p, next) + rows;
@@ -229,8 +229,8 @@ void copy_row_out(const Geometry& g, const A* from, int64_t group, T* to, const 
     }
 }
 
-// Rows [y0, y0 + rows) of plane z, as far as they are in the map, `pitch` elements apart. What lies around them is never
-// written, so that it stays the zeros that the piece began with.
+// Rows [y0, y0 + rows) of plane z, as far as they are in the map, `pitch` elements apart. What lies around them is
+// never written, so that it stays the zeros that the piece began with.
 template <class T, class A>
 void copy_rows_in(const Geometry& g, const Volumes<T>& map, const Prologue<A>& prologue, const Piece& p, int64_t z,
                   int64_t y0, int64_t rows, A* to, int64_t pitch, int64_t group) {
@@ -258,8 +258,8 @@ struct Ring {
     }
     static int64_t elements(const Geometry& g) { return g.taps_d * g.groups * g.plane<A>(g.band + g.taps_h - 1); }
 
-    // What `copy_rows_in` leaves of a plane: rows outside the map, what lies between rows, the slack. Whole vectors reach
-    // into the rows, which are not there yet.
+    // What `copy_rows_in` leaves of a plane: rows outside the map, what lies between rows, the slack. Whole vectors
+    // reach into the rows, which are not there yet.
     void zero_surroundings(A* plane) const {
         const int64_t rows = piece.rows() + g.taps_h - 1, row = g.pitch * g.lanes;
         const int64_t between = (g.taps_w - 1) * g.lanes, behind = (g.taps_w / 2 + g.width) * g.lanes;
@@ -284,7 +284,8 @@ struct Ring {
     A* slot(int64_t z) const { return memory + z % g.taps_d * g.groups * group; }
 };
 
-// Elements from one vector of a tile to the next: in a plane, in the output, in the map that the planes are copied from.
+// Elements from one vector of a tile to the next: in a plane, in the output, in the map that the planes are copied
+// from.
 struct Step {
     int64_t plane, out, in;
 };
@@ -293,8 +294,8 @@ struct Step {
 //   out[r] = start + sum over lines and t < TAPS of weight[line][t] * source[line][r + t]
 // `in_ahead` and `out_ahead` are where the same vectors of the next planes are read from and written to.
 template <int COUNT, int TAPS, class T, class S, class A>
-inline void correlate_tile(Vec<A> start, int64_t lines, const A* const* source, const A* weight, int64_t j, const Step& step,
-                           S* out, int64_t elements, const T* in_ahead, const S* out_ahead) {
+inline void correlate_tile(Vec<A> start, int64_t lines, const A* const* source, const A* weight, int64_t j,
+                           const Step& step, S* out, int64_t elements, const T* in_ahead, const S* out_ahead) {
     Vec<A> total[COUNT];
 #pragma GCC unroll 16
     for (int r = 0; r < COUNT; ++r) {
@@ -324,8 +325,8 @@ inline void correlate_tile(Vec<A> start, int64_t lines, const A* const* source, 
             store_part(out + r * step.out, total[r], elements);
 }
 
-// Tiles along their axis, from vector x to `count`: of COUNT vectors, the last one overlapping the one before, unless what
-// is left fills less than half of it.
+// Tiles along their axis, from vector x to `count`: of COUNT vectors, the last one overlapping the one before, unless
+// what is left fills less than half of it.
 template <int COUNT, int TAPS, class T, class S, class A>
 void correlate_run(Vec<A> start, int64_t lines, const A* const* source, const A* weight, int64_t j, const Step& step,
                    int64_t x, int64_t count, S* out, int64_t elements, const T* in_ahead, const S* out_ahead) {
@@ -340,8 +341,8 @@ void correlate_run(Vec<A> start, int64_t lines, const A* const* source, const A*
                                            out_ahead);
 }
 
-// A plane of the output for one vector of channels, or for one channel. `h` and `w` are from row to row and from position
-// to position of it.
+// A plane of the output for one vector of channels, or for one channel. `h` and `w` are from row to row and from
+// position to position of it.
 template <int TAPS, class T, class S, class A>
 void correlate_plane(const Geometry& g, const Piece& p, Vec<A> start, int64_t lines, const A* const* source,
                      const A* weight, S* out, int64_t h, int64_t w, int64_t channels, const S* out_ahead,
@@ -362,9 +363,9 @@ void correlate_plane(const Geometry& g, const Piece& p, Vec<A> start, int64_t li
     }
 }
 
-// total[line][t] += sum over i of grad[i] * source[line][i + t], for LINES lines and vectors i of `columns` runs side by
-// side, which start at multiples j of LANES. Behind a run of `grad` lie TAPS - 1 vectors of zeros. `meanwhile` is called
-// for every i and j.
+// total[line][t] += sum over i of grad[i] * source[line][i + t], for LINES lines and vectors i of `columns` runs side
+// by side, which start at multiples j of LANES. Behind a run of `grad` lie TAPS - 1 vectors of zeros. `meanwhile` is
+// called for every i and j.
 template <int LINES, int TAPS, class A, class F>
 void accumulate_lines(const A* const* source, int64_t step, const A* grad, int64_t grad_step, int64_t run,
                       int64_t columns, double* total, const F& meanwhile) {
@@ -405,8 +406,8 @@ void accumulate(int64_t lines, const A* const* source, int64_t step, const A* gr
             accumulate<LINES - 1, TAPS>(lines, source, step, grad, grad_step, run, columns, total, meanwhile);
 }
 
-// Points `source` to what every line whose plane exists meets first, for output plane z and a vector of channels. Returns
-// the first of these lines.
+// Points `source` to what every line whose plane exists meets first, for output plane z and a vector of channels.
+// Returns the first of these lines.
 template <class T, class A>
 int64_t find_lines(const Geometry& g, const Ring<T, A>& ring, int64_t z, int64_t group, const A** source,
                    int64_t* count) {
@@ -484,7 +485,8 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Te
             for_taps(g, [&](int64_t i, int64_t a, int64_t b, int64_t e) {
                 set(weights + (k * g.taps() + i) * L, exists ? to_arithmetic(tap(c, 0, a, b, e)) : A(0));
             });
-            set(starts + k * L, bias && exists ? to_arithmetic(static_cast<T*>(bias->data)[c * bias->strides[0]]) : A(0));
+            const bool biased = bias && exists;
+            set(starts + k * L, biased ? to_arithmetic(static_cast<T*>(bias->data)[c * bias->strides[0]]) : A(0));
         }
 
         const Prologue<A> prologue = make_prologue(g, p, scale, shift, relu, arena.take<A>(2 * g.groups * L));
@@ -527,11 +529,11 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
     constexpr int64_t L = LANES<A>;
     const Geometry g = make_geometry<T>(x, grad_weight);
     const Volumes<T> grad = as_volumes<T>(g, grad_out), from = as_volumes<T>(g, x);
-    const int64_t sums = g.groups * g.taps() * L;                     // [group][line][tap of it][lane]
-    const int64_t per_piece = g.channels_last ? sums : g.taps();      // the lanes of a channel are put together there
+    const int64_t sums = g.groups * g.taps() * L;                 // [group][line][tap of it][lane]
+    const int64_t per_piece = g.channels_last ? sums : g.taps();  // the lanes of a channel are put together there
     const Buffer<double> partial(g.pieces() * per_piece);
-    // Runs of `accumulate`: with channels-last maps one of all positions of a plane, zeros between its rows; else columns
-    // of a vector's width.
+    // Runs of `accumulate`: with channels-last maps one of all positions of a plane, zeros between its rows; else
+    // columns of a vector's width.
     const int64_t columns = g.channels_last ? 1 : divide_up(g.width, L);
     const int64_t grad_pitch = g.channels_last ? g.pitch * L : columns * L;
 

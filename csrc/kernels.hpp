@@ -30,7 +30,7 @@ struct Kernels {
     void (*channel_moments_backward)(const Tensor& grad_mean, const Tensor& grad_variance, const Tensor& x,
                                      const Tensor& mean, const Tensor* other, const Tensor& grad_x);
 
-    // grad_weight (C_out, C_in, *k) of a dense convolution from grad_out (B, C_out, *spatial) and x (B, C_in, *spatial).
+    // grad_weight (C_out, C_in, *k) of a dense convolution from grad_out (B, C_out, *spatial), x (B, C_in, *spatial).
     void (*conv_backward_weight)(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight);
 
     // out = bias + in convolved with weight, in = x or, with scale and shift (B, C), [ReLU](x * scale + shift);

@@ -60,7 +60,7 @@ inline void product_block(int64_t depth, const Strided<A>& a, const A* b, int64_
 
 template <int VECTORS, bool ACCUMULATE, class A, class C, class F>
 inline void product_rows(int64_t rows, int64_t depth, Strided<A> a, const A* b, int64_t b_row, C* c, int64_t c_row,
-                         const F& meanwhile) {
+                         F&& meanwhile) {
     for (; rows >= PRODUCT_ROWS; rows -= PRODUCT_ROWS, a.data += PRODUCT_ROWS * a.row, c += PRODUCT_ROWS * c_row) {
         meanwhile();
         product_block<PRODUCT_ROWS, VECTORS, ACCUMULATE>(depth, a, b, b_row, c, c_row);
@@ -90,7 +90,7 @@ inline int64_t product_steps(int64_t rows, int64_t vectors) {
 // before every few rows, for what memory can do while the processor multiplies.
 template <bool ACCUMULATE, class A, class C, class F>
 inline void product(int64_t rows, int64_t vectors, int64_t depth, const Strided<A>& a, const A* b, int64_t b_row, C* c,
-                    int64_t c_row, const F& meanwhile) {
+                    int64_t c_row, F&& meanwhile) {
     constexpr int64_t L = LANES<A>;
     for (; vectors >= 2; vectors -= 2, b += 2 * L, c += 2 * L)
         product_rows<2, ACCUMULATE>(rows, depth, a, b, b_row, c, c_row, meanwhile);

@@ -21,7 +21,7 @@ class Fetch {
         lines_ = divide_up(runs_ * divide_up(length_, LINE), larger(steps, int64_t(1)));
     }
 
-    void operator()() const {
+    void operator()() {
         for (int64_t i = 0; i < lines_ && runs_ > 0; ++i) {
             __builtin_prefetch(at_ + offset_, 0, 2);
             offset_ += LINE;
@@ -31,11 +31,11 @@ class Fetch {
 
   private:
     static constexpr int64_t LINE = 64 / int64_t(sizeof(T));
-    mutable const T* at_;
+    const T* at_;
     int64_t stride_;
-    mutable int64_t runs_;  // left
+    int64_t runs_;  // left
     int64_t length_, lines_;
-    mutable int64_t offset_ = 0;
+    int64_t offset_ = 0;
 };
 
 // tile[r][c] = from[r * row + c * column] for r < rows and c < columns; zeros up to `pitch`, a multiple of LANES.

@@ -133,7 +133,7 @@ inline Vec<float> load(const BFloat16* from) {
 inline Vec<float> load(const Float16* from) {
     const Bits half = widen(load_bits<HalfBits>(from));
     const Bits magnitude = (half & 0x7fff) << 13;
-    // The exponent's bias differs by 112; the product also normalises subnormals. Infinity and NaN keep a full exponent.
+    // The exponent's bias differs by 112; the product also normalises subnormals. Infinity and NaN stay full.
     const Bits scaled = (Bits)((Vec<float>)magnitude * 0x1p112f);
     const Bits special = magnitude | 0x7f800000;
     return (Vec<float>)(((half & 0x7c00) == 0x7c00 ? special : scaled) | (half & 0x8000) << 16);
@@ -153,7 +153,7 @@ inline void store(BFloat16* to, Vec<float> value) {
 inline void store(Float16* to, Vec<float> value) {
     const Bits sign = (Bits)value >> 16 & 0x8000;
     const Bits magnitude = (Bits)value & 0x7fffffff;
-    // Normal results: rebias the exponent, round to nearest, ties to even; a carry into the exponent is as it should be.
+    // Normal results: rebias the exponent, round to nearest, ties to even; a carry into the exponent is right.
     const Bits normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
     // Subnormal ones: adding 0.5 aligns the mantissa so that the addition itself rounds.
     const Bits subnormal = (Bits)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
