@@ -41,15 +41,18 @@ inline void for_storage(DType dtype, const F& run) {
     }
 }
 
-// `count` elements that all threads may use, uninitialised.
+// `count` elements that all threads may use, uninitialised, from a cache line's beginning on.
 template <class T>
 struct Buffer {
-    explicit Buffer(int64_t count) : data(static_cast<T*>(::operator new(size_t(count) * sizeof(T)))) {}
-    ~Buffer() { ::operator delete(data); }
+    explicit Buffer(int64_t count) : data(static_cast<T*>(::operator new(size_t(count) * sizeof(T), ALIGNMENT))) {}
+    ~Buffer() { ::operator delete(data, ALIGNMENT); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
 
     T* const data;
+
+  private:
+    static constexpr std::align_val_t ALIGNMENT{64};
 };
 
 // Arrays cut one after the other, each on a cache line of its own, from the calling thread's scratch memory.

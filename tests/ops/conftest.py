@@ -87,6 +87,15 @@ def compiled_for(instructions: str) -> Iterator[None]:
     extension.use_instruction_set(before)
 
 
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every build of the compiled kernels, for tests that call them whatever `dispatch` would choose."""
+    if load_extension() is None:
+        pytest.skip("the C++ extension is not built")
+    with compiled_for(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=["reference", "triton", *INSTRUCTION_SETS])
 def build(request: pytest.FixtureRequest, skip_refused: Callable[[str], str]) -> Iterator[str]:
     """Every backend that runs the module's operator on `device`, and every build of the compiled one."""

@@ -168,4 +168,4 @@ def test_dense_weight_gradients_are_onednns_where_the_processor_has_instructions
     x = torch.ones(2, 4, 6, 6, dtype=dtype).to(memory_format=memory_format)
     weight = torch.ones(4, 4, 3, 3, dtype=dtype)
     ours = dtype == torch.float16 or (not wide and (channels_last or dtype == torch.bfloat16))
-    assert explain("conv_backward_weight", x, x, weight).backend == ("cpu" if ours else "reference")
+    assert explain("dense_conv_backward_weight", x, x, weight).backend == ("cpu" if ours else "reference")

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import utnetv2_fast.ops.flops  # noqa: F401
-from utnetv2_fast.ops import bidirectional_attention, depthwise_conv
+from utnetv2_fast.ops import bidirectional_attention, dense_conv, depthwise_conv
 
 
 def test_attention_counts_the_products_it_does() -> None:
@@ -48,3 +48,16 @@ def test_depthwise_separable_conv_counts_both_convolutions(scaled: bool) -> None
         else:
             ops.depthwise_separable_conv(x, depthwise_weight, pointwise_weight)
     assert counter.get_total_flops() == torchs.get_total_flops()
+
+
+def test_dense_conv_counts_every_tap_of_every_channel() -> None:
+    """Not the fewer products that Winograd's filtering takes: counts compare networks."""
+    weight = torch.randn(16, 16, 3, 3, requires_grad=True)
+    x = torch.randn(2, 6, 8, 16).movedim(-1, 1).requires_grad_()
+    with FlopCounterMode(display=False) as torchs:
+        torch.nn.functional.conv2d(x, weight, padding=1)
+    with FlopCounterMode(display=False) as counter:
+        result = dense_conv(x, weight)
+        assert counter.get_total_flops() == torchs.get_total_flops()
+        result.sum().backward()
+    assert counter.get_total_flops() == 3 * torchs.get_total_flops()

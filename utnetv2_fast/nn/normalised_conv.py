@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from utnetv2_fast import ops
 from utnetv2_fast.nn.across_ranks import gather_samples
 from utnetv2_fast.ops.arguments import autocast_dtype, lowered
-from utnetv2_fast.ops.dense_conv import dense_conv, dense_conv_backward
+from utnetv2_fast.ops.dense_conv import dense_conv_backward, dense_conv_forward
 from utnetv2_fast.ops.depthwise_separable_conv import fuses as fuses_separable
 from utnetv2_fast.ops.dispatch import Impl, choose
 
@@ -31,6 +31,8 @@ _depthwise_conv_backward_weight = torch.ops.utnetv2_fast.depthwise_conv_backward
 _scaled_depthwise_conv = torch.ops.utnetv2_fast.scaled_depthwise_conv.default
 _scaled_depthwise_separable_conv = torch.ops.utnetv2_fast.scaled_depthwise_separable_conv.default
 _scaled_depthwise_conv_backward_weight = torch.ops.utnetv2_fast.scaled_depthwise_conv_backward_weight.default
+_scaled_dense_conv = torch.ops.utnetv2_fast.scaled_dense_conv.default
+_scaled_dense_conv_backward_weight = torch.ops.utnetv2_fast.scaled_dense_conv_backward_weight.default
 
 
 def fuses(norm: nn.Module, x: Tensor, impl: Impl) -> bool:
@@ -141,7 +143,7 @@ def normalised_conv(
         scale, shift: (B, C), float32; float64 for float64.
         depthwise_weight: (C, 1, *k) or None.
         dense_weight: (C_out, C, *k) or None. All k are odd; stride 1, zero 'same' padding.
-        impl: backend of everything but the dense convolution, which is torch's.
+        impl: backend of everything but the dense convolution, which is the fastest.
 
     Returns:
         (B, C_out, *spatial). The dtype is that of the weights, which autocast lowers. For backward nothing but the
@@ -169,11 +171,13 @@ class _NormalisedConv(torch.autograd.Function):
         ctx.relu, ctx.impl = relu, impl
         if depthwise_weight is None:
             assert dense_weight is not None
-            return dense_conv(_normalised(x, scale, shift, relu, dense_weight.dtype, impl), dense_weight)
+            if _scales_within(x, dense_weight):
+                return _scaled_dense_conv(x, scale, shift, relu, dense_weight, "cpu")
+            return dense_conv_forward(_normalised(x, scale, shift, relu, dense_weight.dtype, impl), dense_weight)
         if dense_weight is not None and _is_one_kernel(x, depthwise_weight, dense_weight, impl):
             return _scaled_depthwise_separable_conv(x, scale, shift, relu, depthwise_weight, dense_weight)
         out = _depthwise(x, scale, shift, relu, depthwise_weight, impl)
-        return out if dense_weight is None else dense_conv(out, dense_weight)
+        return out if dense_weight is None else dense_conv_forward(out, dense_weight)
 
     @staticmethod
     @once_differentiable
@@ -185,9 +189,14 @@ class _NormalisedConv(torch.autograd.Function):
         grad_y: Tensor | None
         grad_depthwise = grad_dense = None
         if depthwise_weight is None:
-            y = _normalised(x, scale, shift, relu, dense_weight.dtype, impl)
-            grad_y, grad_dense = dense_conv_backward(grad, y, dense_weight, need_x=need_x, need_weight=need_dense)
-            del y
+            if _scales_within(x, dense_weight):
+                grad_y, _ = dense_conv_backward(grad, x, dense_weight, need_x=need_x, need_weight=False)
+                if need_dense:
+                    grad_dense = _scaled_dense_conv_backward_weight(grad, x, scale, shift, relu, dense_weight, "cpu")
+            else:
+                y = _normalised(x, scale, shift, relu, dense_weight.dtype, impl)
+                grad_y, grad_dense = dense_conv_backward(grad, y, dense_weight, need_x=need_x, need_weight=need_dense)
+                del y
         else:
             if dense_weight is not None:
                 between = _depthwise(x, scale, shift, relu, depthwise_weight, impl)
@@ -212,6 +221,11 @@ def _is_one_kernel(x: Tensor, depthwise_weight: Tensor, dense_weight: Tensor, im
         return False
     weights = (depthwise_weight, dense_weight)
     return choose("depthwise_separable_conv", impl, (x, *weights)) == "triton" and fuses_separable(x, *weights)
+
+
+def _scales_within(x: Tensor, dense_weight: Tensor) -> bool:
+    """Whether one kernel normalises and convolves densely."""
+    return x.dtype == dense_weight.dtype and choose("dense_conv", "auto", (x, dense_weight)) == "cpu"
 
 
 def _normalised(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, dtype: torch.dtype, impl: Impl) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utnetv2_fast.nn.convolution import make_conv
+from utnetv2_fast.nn.convolution import convolve, make_conv
+from utnetv2_fast.ops.dispatch import Impl
 
 
 class SemanticMapGeneration(nn.Module):
@@ -17,14 +18,16 @@ class SemanticMapGeneration(nn.Module):
     One convolution gives l weights per position, softmaxed over all positions; another the features they average.
     """
 
-    def __init__(self, channels: int, map_tokens: int, kernel_size: tuple[int, ...]) -> None:
+    def __init__(self, channels: int, map_tokens: int, kernel_size: tuple[int, ...], *, impl: Impl = "auto") -> None:
         super().__init__()
+        self.impl: Impl = impl
         self.base = make_conv(channels, channels, kernel_size)
         self.weight = make_conv(channels, map_tokens, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight(x).flatten(2).softmax(dim=-1)  # (B, l, n)
-        base = self.base(x).flatten(2).transpose(1, 2)  # (B, n, C): so its gradient is channels-last
+        weight = convolve(self.weight, x, self.impl).flatten(2).softmax(dim=-1)  # (B, l, n)
+        # (B, n, C): so its gradient is channels-last
+        base = convolve(self.base, x, self.impl).flatten(2).transpose(1, 2)
         return (weight @ base).transpose(1, 2)
 
 

@@ -126,7 +126,7 @@ class AttentionDownStage(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_merging = PatchMerging(in_channels, channels, scale, kernel_size, norm, impl=impl)
-        self.map_generation = SemanticMapGeneration(channels, map_tokens, kernel_size)
+        self.map_generation = SemanticMapGeneration(channels, map_tokens, kernel_size, impl=impl)
         self.blocks = nn.ModuleList(
             BidirectionalAttentionBlock(channels, channels, heads, kernel_size, expansion, norm, impl=impl)
             for _ in range(blocks)

@@ -1,8 +1,8 @@
-"""Operators for any PyTorch network, 2D and 3D: bidirectional attention, depthwise convolution, normalisation."""
+"""Operators for any PyTorch network, 2D and 3D: bidirectional attention, convolutions, normalisation."""
 
 from utnetv2_fast.ops.bidirectional_attention import bidirectional_attention
 from utnetv2_fast.ops.channel_moments import channel_moments, through_channel_moments
-from utnetv2_fast.ops.conv_backward_weight import conv_backward_weight
+from utnetv2_fast.ops.dense_conv import dense_conv, dense_conv_backward_weight
 from utnetv2_fast.ops.depthwise_conv import depthwise_conv
 from utnetv2_fast.ops.depthwise_separable_conv import depthwise_separable_conv
 from utnetv2_fast.ops.dispatch import explain
@@ -11,7 +11,8 @@ from utnetv2_fast.ops.scale_shift import scale_shift
 __all__ = [
     "bidirectional_attention",
     "channel_moments",
-    "conv_backward_weight",
+    "dense_conv",
+    "dense_conv_backward_weight",
     "depthwise_conv",
     "depthwise_separable_conv",
     "explain",

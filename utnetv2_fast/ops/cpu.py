@@ -29,6 +29,10 @@ def _described(t: Tensor) -> Described:
     return t.data_ptr(), _DTYPES[t.dtype], tuple(t.shape), t.stride()
 
 
+def _described_if_any(t: Tensor | None) -> Described | None:
+    return None if t is None else _described(t)
+
+
 def bidirectional_attention(
     q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,9 +87,8 @@ def channel_moments_backward(
     grad_mean: Tensor, grad_variance: Tensor, x: Tensor, mean: Tensor, other: Tensor | None
 ) -> Tensor:
     grad_x = torch.empty_like(x)
-    described_other = None if other is None else _described(other)
     arguments = map(_described, (grad_mean, grad_variance, x, mean))
-    _extension().channel_moments_backward(*arguments, described_other, _described(grad_x))
+    _extension().channel_moments_backward(*arguments, _described_if_any(other), _described(grad_x))
     return grad_x
 
 
@@ -97,8 +100,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = F.conv2d(planes, weight.reshape(c, 1, 3, 3), bias, padding=1, groups=c)
         return result if x.ndim == 4 else result.unflatten(0, x.shape[:3:2]).transpose(1, 2)
     out = torch.empty_like(x)
-    described_bias = None if bias is None else _described(bias)
-    _extension().depthwise_conv(_described(x), _described(weight), described_bias, None, None, False, _described(out))
+    inputs = _described(x), _described(weight), _described_if_any(bias)
+    _extension().depthwise_conv(*inputs, None, None, False, _described(out))
     return out
 
 
@@ -141,9 +144,53 @@ def scaled_depthwise_conv_backward_weight(
     return grad_weight
 
 
-def conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def why_not_winograd(weight: Tensor, *maps: Tensor) -> str | None:
+    """Why the dense convolution between these maps cannot run by Winograd's minimal filtering; None when it can."""
+    if weight.shape[-2:] != (3, 3):
+        return f"its kernel has 3 x 3 taps in planes, and the weight {' x '.join(map(str, weight.shape[2:]))}"
+    if any(m.stride(1) != 1 for m in maps):
+        return "its kernel takes maps whose channels lie side by side, as in torch.channels_last"
+    return None
+
+
+def dense_conv(x: Tensor, weight: Tensor) -> Tensor:
+    return _winograd_conv(x, None, None, False, weight)
+
+
+def scaled_dense_conv(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
+    return _winograd_conv(x, scale, shift, relu, weight)
+
+
+def _winograd_conv(x: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool, weight: Tensor) -> Tensor:
+    out = x.new_empty((x.shape[0], *x.shape[2:], weight.shape[0])).movedim(-1, 1)
+    _extension().winograd_conv(
+        _described(x), _described(weight), *map(_described_if_any, (scale, shift)), relu, _described(out)
+    )
+    return out
+
+
+def dense_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if why_not_winograd(weight, grad_out, x) is None:
+        return _winograd_conv_backward_weight(grad_out, x, None, None, False, weight)
     grad_weight = torch.empty_like(weight)
-    _extension().conv_backward_weight(_described(grad_out), _described(x), _described(grad_weight))
+    _extension().direct_conv_backward_weight(_described(grad_out), _described(x), _described(grad_weight))
+    return grad_weight
+
+
+def scaled_dense_conv_backward_weight(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor
+) -> Tensor:
+    if why_not_winograd(weight, grad_out, x) is None:
+        return _winograd_conv_backward_weight(grad_out, x, scale, shift, relu, weight)
+    return dense_conv_backward_weight(grad_out, scale_shift(x, scale, shift, relu), weight)
+
+
+def _winograd_conv_backward_weight(
+    grad_out: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool, weight: Tensor
+) -> Tensor:
+    grad_weight = torch.empty_like(weight)
+    inputs = _described(grad_out), _described(x), _described_if_any(scale), _described_if_any(shift)
+    _extension().winograd_conv_backward_weight(*inputs, relu, _described(grad_weight))
     return grad_weight
 
 

@@ -1,28 +1,188 @@
-"""Dense convolution by torch, stride 1, zero 'same' padding, and its gradients, in the layout of the input throughout.
+"""Dense convolution, 2D and 3D, stride 1, zero 'same' padding, in the layout of its input throughout.
 
-For modules that compute convolutions inside autograd functions of their own. torch's choice of an algorithm has three
-holes that these close: small maps in 3D come back channels-first from channels-last; a kernel of one tap, which is a
-product of matrices, then takes twice as long as that product; and on processors with AMX the weight gradient of a
-kernel flat in D, in bfloat16 of 96 channels of 16 x 192 x 192, ends the process or never ends (torch 2.13), which that
-of the planes does not.
+On a CPU 3x3 taps in planes of channels-last maps in float32 run by Winograd's minimal filtering (`csrc/`), all else is
+torch's. torch's choice of an algorithm has three holes that are closed here: small maps in 3D come back channels-first
+from channels-last; a kernel of one tap, which is a product of matrices, then takes twice as long as that product; and
+on processors with AMX the weight gradient of a kernel flat in D, in bfloat16 of 96 channels of 16 x 192 x 192, ends the
+process or never ends (torch 2.13), which that of the planes does not.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from utnetv2_fast.ops.conv_backward_weight import conv_backward_weight
-from utnetv2_fast.ops.dispatch import choose
+from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, check_dtype, lowered
+from utnetv2_fast.ops.dispatch import Impl, choose, implementation
 
 
-def dense_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """(B, C, *spatial), (C_out, C, *k) with odd k -> (B, C_out, *spatial)."""
-    if _is_product(x, weight):
-        return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
-    convolution = F.conv2d if x.ndim == 4 else F.conv3d
-    return in_layout_of(x, convolution(x, weight, padding=_padding(weight)))
+def dense_conv(x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """Convolve `x` with all its channels: torch's `F.conv2d` and `F.conv3d` of stride 1 and 'same' padding.
+
+    Args:
+        x: (B, C, H, W) or (B, C, D, H, W), any strides.
+        weight: (C_out, C, *k), every k odd.
+        impl: backend: "auto" takes the fastest that can run these inputs, a named one runs or raises. "cpu" takes 3x3
+            taps in planes and maps whose channels lie side by side.
+
+    Returns:
+        (B, C_out, *spatial), channels-last where `x` is.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or an unknown `impl`.
+        NotImplementedError: the backend named by `impl` cannot run these inputs.
+    """
+    if (dtype := autocast_dtype(x)) is not None:
+        x, weight = lowered(x, dtype), lowered(weight, dtype)
+    _check(x, weight)
+    choose("dense_conv", impl, (x, weight))
+    if impl == "reference" or x.device.type != "cpu":
+        return _by_torch(x, weight)
+    return _DenseConv.apply(x, weight)
+
+
+def dense_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """Gradient of `weight`, in its shape and memory layout, of the convolution of `x` whose result has `grad_out`.
+
+    For the backward of modules that compute more than a convolution; it has no derivative of its own.
+
+    Args:
+        grad_out: (B, C_out, *spatial), any strides.
+        x: (B, C_in, H, W) or (B, C_in, D, H, W), any strides.
+        weight: (C_out, C_in, *k), every k odd; its values do not matter.
+        impl: backend: "auto" takes the fastest that can run these inputs, a named one runs or raises.
+
+    Tensors are float32, float16, bfloat16 or float64, all of one dtype on one device. B may be 0.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or an unknown `impl`.
+        NotImplementedError: the backend named by `impl` cannot run these inputs.
+    """
+    _check(x, weight)
+    expected = (x.shape[0], weight.shape[0], *x.shape[2:])
+    if grad_out.shape != expected:
+        raise ValueError(f"grad_out must be of shape {expected}, not {tuple(grad_out.shape)}")
+    check_alike("grad_out", grad_out, "x", x)
+    backend = choose("dense_conv_backward_weight", impl, (grad_out, x, weight))
+    return _backward_weight_op(grad_out, x, weight, backend)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.ndim not in (4, 5):
+        raise ValueError(f"x must be (B, C, H, W) or (B, C, D, H, W), not of shape {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x must have at least one channel and one position, not the shape {tuple(x.shape)}")
+    if weight.ndim != x.ndim or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight must be (C_out, C_in, *k) with C_in = {x.shape[1]} and {x.ndim - 2} axes k for x of shape"
+            f" {tuple(x.shape)}, not of shape {tuple(weight.shape)}"
+        )
+    if any(k % 2 == 0 for k in weight.shape[2:]):
+        raise ValueError(f"weight must have odd kernel sizes, not {tuple(weight.shape[2:])}")
+    check_dtype("x", x)
+    check_alike("weight", weight, "x", x)
+
+
+torch.library.define(
+    "utnetv2_fast::dense_conv", "(Tensor x, Tensor weight, str impl) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+torch.library.define(
+    "utnetv2_fast::dense_conv_backward_weight",
+    "(Tensor grad_out, Tensor x, Tensor weight, str impl) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+# The same of y = [ReLU of] x * scale + shift, scale and shift (B, C) as of `scale_shift`, for modules that normalise in
+# front of the convolution and differentiate the two together.
+torch.library.define(
+    "utnetv2_fast::scaled_dense_conv",
+    "(Tensor x, Tensor scale, Tensor shift, bool relu, Tensor weight, str impl) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "utnetv2_fast::scaled_dense_conv_backward_weight",
+    "(Tensor grad_out, Tensor x, Tensor scale, Tensor shift, bool relu, Tensor weight, str impl) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("utnetv2_fast::dense_conv", "default")
+def _forward(x: Tensor, weight: Tensor, impl: str) -> Tensor:
+    return implementation(impl).dense_conv(x, weight)
+
+
+@torch.library.register_fake("utnetv2_fast::dense_conv")
+def _forward_fake(x: Tensor, weight: Tensor, impl: str) -> Tensor:
+    return empty_result(x, weight.shape[0])
+
+
+@torch.library.impl("utnetv2_fast::dense_conv_backward_weight", "default")
+def _backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor, impl: str) -> Tensor:
+    return implementation(impl).dense_conv_backward_weight(grad_out, x, weight)
+
+
+@torch.library.register_fake("utnetv2_fast::dense_conv_backward_weight")
+def _backward_weight_fake(grad_out: Tensor, x: Tensor, weight: Tensor, impl: str) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@torch.library.impl("utnetv2_fast::scaled_dense_conv", "default")
+def _scaled_forward(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str) -> Tensor:
+    return implementation(impl).scaled_dense_conv(x, scale, shift, relu, weight)
+
+
+@torch.library.register_fake("utnetv2_fast::scaled_dense_conv")
+def _scaled_forward_fake(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str) -> Tensor:
+    return empty_result(x, weight.shape[0])
+
+
+@torch.library.impl("utnetv2_fast::scaled_dense_conv_backward_weight", "default")
+def _scaled_backward_weight(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str
+) -> Tensor:
+    return implementation(impl).scaled_dense_conv_backward_weight(grad_out, x, scale, shift, relu, weight)
+
+
+@torch.library.register_fake("utnetv2_fast::scaled_dense_conv_backward_weight")
+def _scaled_backward_weight_fake(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+_forward_op = torch.ops.utnetv2_fast.dense_conv.default
+_backward_weight_op = torch.ops.utnetv2_fast.dense_conv_backward_weight.default
+
+
+def empty_result(x: Tensor, channels: int) -> Tensor:
+    """Uninitialised, in the layout of a convolution's result: channels-last for channels-last."""
+    b, _, *spatial = x.shape
+    if x.stride(1) == 1:
+        return x.new_empty((b, *spatial, channels)).movedim(-1, 1)
+    return x.new_empty((b, channels, *spatial))
+
+
+class _DenseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return dense_conv_forward(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_weight = ctx.needs_input_grad
+        return dense_conv_backward(grad_out, *ctx.saved_tensors, need_x=need_x, need_weight=need_weight)
+
+
+def dense_conv_forward(x: Tensor, weight: Tensor) -> Tensor:
+    """`dense_conv` with impl="auto" for autograd functions: of checked arguments, without a derivative."""
+    if choose("dense_conv", "auto", (x, weight)) == "reference":
+        return _by_torch(x, weight)
+    return _forward_op(x, weight, "cpu")
 
 
 def dense_conv_backward(
@@ -43,24 +203,40 @@ def dense_conv_backward(
         if grad_x is not None:
             grad_x = grad_x.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
         return grad_x, None if grad_weight is None else grad_weight.unsqueeze(2)
-    axes = x.ndim - 2
-    backend = choose("conv_backward_weight", "auto", (grad_out, x, weight))
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad_out,
-        x,
-        weight,
-        bias_sizes=None,
-        stride=[1] * axes,
-        padding=_padding(weight),
-        dilation=[1] * axes,
-        transposed=False,
-        output_padding=[0] * axes,
-        groups=1,
-        output_mask=[need_x, need_weight and backend == "reference", False],
-    )
-    if need_weight and backend != "reference":
-        grad_weight = conv_backward_weight(grad_out, x, weight, impl=backend)  # type: ignore[arg-type]
-    return None if grad_x is None else in_layout_of(x, grad_x), grad_weight
+    mirrored = weight.transpose(0, 1)
+    ours_x = need_x and choose("dense_conv", "auto", (grad_out, mirrored)) == "cpu"
+    ours_weight = need_weight and choose("dense_conv_backward_weight", "auto", (grad_out, x, weight)) == "cpu"
+    grad_x = grad_weight = None
+    if need_x > ours_x or need_weight > ours_weight:
+        axes = x.ndim - 2
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad_out,
+            x,
+            weight,
+            bias_sizes=None,
+            stride=[1] * axes,
+            padding=_padding(weight),
+            dilation=[1] * axes,
+            transposed=False,
+            output_padding=[0] * axes,
+            groups=1,
+            output_mask=[need_x and not ours_x, need_weight and not ours_weight, False],
+        )
+    if ours_x:
+        # The convolution with the taps mirrored and the channels exchanged.
+        grad_x = _forward_op(grad_out, mirrored.flip(tuple(range(2, x.ndim))), "cpu")
+    elif grad_x is not None:
+        grad_x = in_layout_of(x, grad_x)
+    if ours_weight:
+        grad_weight = _backward_weight_op(grad_out, x, weight, "cpu")
+    return grad_x, grad_weight
+
+
+def _by_torch(x: Tensor, weight: Tensor) -> Tensor:
+    if _is_product(x, weight):
+        return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
+    convolution = F.conv2d if x.ndim == 4 else F.conv3d
+    return in_layout_of(x, convolution(x, weight, padding=_padding(weight)))
 
 
 def planes(x: Tensor) -> Tensor:

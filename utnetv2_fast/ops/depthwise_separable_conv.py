@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, lowered
-from utnetv2_fast.ops.dense_conv import dense_conv, dense_conv_backward
+from utnetv2_fast.ops.dense_conv import dense_conv_backward, dense_conv_forward, empty_result
 from utnetv2_fast.ops.depthwise_conv import check_depthwise, depthwise_conv
 from utnetv2_fast.ops.dispatch import Impl, choose, implementation
 from utnetv2_fast.ops.precision import convolutions_in_tf32
@@ -94,22 +94,14 @@ def _scaled_fused(
 
 @torch.library.register_fake("utnetv2_fast::depthwise_separable_conv")
 def _fused_fake(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Tensor:
-    return _empty_result(x, pointwise_weight.shape[0])
+    return empty_result(x, pointwise_weight.shape[0])
 
 
 @torch.library.register_fake("utnetv2_fast::scaled_depthwise_separable_conv")
 def _scaled_fused_fake(
     x: Tensor, scale: Tensor, shift: Tensor, relu: bool, depthwise_weight: Tensor, pointwise_weight: Tensor
 ) -> Tensor:
-    return _empty_result(x, pointwise_weight.shape[0])
-
-
-def _empty_result(x: Tensor, channels: int) -> Tensor:
-    """In the layout of a convolution's result, channels-last for channels-last."""
-    b, _, *spatial = x.shape
-    if x.stride(1) == 1:
-        return x.new_empty((b, *spatial, channels)).movedim(-1, 1)
-    return x.new_empty((b, channels, *spatial))
+    return empty_result(x, pointwise_weight.shape[0])
 
 
 _fused_op = torch.ops.utnetv2_fast.depthwise_separable_conv.default
@@ -126,7 +118,7 @@ class _DepthwiseSeparableConv(torch.autograd.Function):
         ctx.impl = impl
         if impl == "triton" and fuses(x, depthwise_weight, pointwise_weight):
             return _fused_op(x, depthwise_weight, pointwise_weight)
-        return dense_conv(_depthwise(x, depthwise_weight, None, impl), pointwise_weight)
+        return dense_conv_forward(_depthwise(x, depthwise_weight, None, impl), pointwise_weight)
 
     @staticmethod
     @once_differentiable

@@ -26,11 +26,14 @@ BACKENDS = ("triton", "cpu", "reference")  # fastest first
 MAP_TOKENS_OF_TRITON = 128
 HEAD_CHANNELS_OF_TRITON = 512
 TAPS_OF_TRITON = 343
+# Channels on either side from which Winograd's filtering pays on a CPU: its transforms take less than its products.
+CHANNELS_OF_WINOGRAD = 16
 
 OPERATORS = (
     "bidirectional_attention",
     "channel_moments",
-    "conv_backward_weight",
+    "dense_conv",
+    "dense_conv_backward_weight",
     "depthwise_conv",
     "depthwise_separable_conv",
     "scale_shift",
@@ -45,9 +48,22 @@ def refusal(backend: str, operator: str, tensors: tuple[Tensor, ...]) -> str | N
         elsewhere = next((t.device for t in tensors if t.device.type != "cpu"), None)
         if elsewhere is not None:
             return f"it computes on the CPU, and these tensors are on {elsewhere}"
-        if operator == "conv_backward_weight" and (reason := _torch_is_as_fast(*tensors)) is not None:
+        if operator == "dense_conv" and (reason := _torch_convolves_better(*tensors)) is not None:
+            return reason
+        if operator == "dense_conv_backward_weight" and (reason := _torch_is_as_fast(*tensors)) is not None:
             return reason
         return _extension_is_missing()
+    return None
+
+
+def _torch_convolves_better(x: Tensor, weight: Tensor) -> str | None:
+    """Why a dense convolution is torch's, tap by tap; None where Winograd's filtering is faster."""
+    if (reason := cpu.why_not_winograd(weight, x)) is not None:
+        return reason
+    if x.dtype != torch.float32:
+        return f"its kernel computes in float32, and these tensors are {x.dtype}"
+    if (channels := min(weight.shape[:2])) < CHANNELS_OF_WINOGRAD:
+        return f"its kernel pays from {CHANNELS_OF_WINOGRAD} channels on either side, and there are {channels}"
     return None
 
 
@@ -58,6 +74,8 @@ def _torch_is_as_fast(grad_out: Tensor, x: Tensor, weight: Tensor) -> str | None
     dtype: in bfloat16 five times as fast as ours with AMX, in float32 with AVX-512 1.1 times, in the layout of either.
     With AVX2 they run at a fraction of the processor's speed in bfloat16, and on channels-last maps in float32.
     """
+    if grad_out.stride(1) == 1 and _torch_convolves_better(x, weight) is None:
+        return None
     if x.dtype in (torch.float32, torch.float64) and all(k == 1 for k in weight.shape[2:]):
         return "with a kernel of one tap this is a product of matrices, which torch has from BLAS"
     if x.dtype in (torch.float32, torch.bfloat16) and _processor_multiplies_wide(x.dtype):
@@ -80,7 +98,7 @@ def _extension_is_missing() -> str | None:
 
 def _refused_by_triton(operator: str, tensors: tuple[Tensor, ...]) -> str | None:
     x = tensors[0]
-    if operator == "conv_backward_weight":
+    if operator.startswith("dense_conv"):
         return "it has no kernel for dense convolutions: on a GPU torch's own are the fast ones"
     if (operator, str(x.device), x.dtype) in _distrusted:
         return f"its results were found wrong on {x.device} in {x.dtype} (`utnetv2-fast doctor` shows them)"

@@ -59,11 +59,32 @@ def _depthwise_conv_backward_weight(
     return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
 
 
-@register_flop_formula(_ops.conv_backward_weight)
-def _conv_backward_weight(
-    grad_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
-) -> int:
+@register_flop_formula(_ops.dense_conv)
+def _dense_conv(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0] * math.prod(weight_shape[2:])
+
+
+@register_flop_formula(_ops.dense_conv_backward_weight)
+def _dense_conv_backward_weight(grad_shape: Sequence[int], *rest: Any, **__: Any) -> int:
+    return _dense_conv(*rest)
+
+
+@register_flop_formula(_ops.scaled_dense_conv)
+def _scaled_dense_conv(
+    x_shape: Sequence[int],
+    scale_shape: Sequence[int],
+    shift_shape: Sequence[int],
+    relu: bool,
+    weight_shape: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    return _dense_conv(x_shape, weight_shape)
+
+
+@register_flop_formula(_ops.scaled_dense_conv_backward_weight)
+def _scaled_dense_conv_backward_weight(grad_shape: Sequence[int], *rest: Any, **__: Any) -> int:
+    return _scaled_dense_conv(*rest)
 
 
 @register_flop_formula(_ops.scaled_depthwise_conv)

@@ -191,7 +191,13 @@ def _convolution_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor, gr
 
 
 @_without_autocast
-def conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def dense_conv(x: Tensor, weight: Tensor) -> Tensor:
+    convolution = F.conv2d if x.ndim == 4 else F.conv3d
+    return convolution(x, weight, padding=[k // 2 for k in weight.shape[2:]])
+
+
+@_without_autocast
+def dense_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the weight of a dense convolution."""
     if grad_out.stride(1) == x.stride(1) == 1 and all(k == 1 for k in weight.shape[2:]):
         # A product of two matrices (positions, channels), which BLAS computes faster than the convolution does.
@@ -227,6 +233,16 @@ def scaled_depthwise_conv_backward_weight(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor
 ) -> Tensor:
     return depthwise_conv_backward_weight(grad_out, scale_shift(x, scale, shift, relu), weight)
+
+
+def scaled_dense_conv(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
+    return dense_conv(scale_shift(x, scale, shift, relu), weight)
+
+
+def scaled_dense_conv_backward_weight(
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor
+) -> Tensor:
+    return dense_conv_backward_weight(grad_out, scale_shift(x, scale, shift, relu), weight)
 
 
 def _spatial_axes(x: Tensor) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-// Gradient of the weight of a dense convolution, 2D and 3D, stride 1, zero 'same' padding.
+// Gradient of the weight of a dense convolution, 2D and 3D, stride 1, zero 'same' padding, tap by tap.
 //
 //   grad_weight[o, i, a, b, c] = sum over samples and (z, y, x) of
 //                                grad_out[o, z, y, x] * in[i, z + a - A/2, y + b - B/2, x + c - C/2]
@@ -376,7 +376,7 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad
 
 }  // namespace
 
-void conv_backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight) {
+void direct_conv_backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad_weight) {
     for_storage(x.dtype, [&](auto type) { backward_weight<decltype(type)>(grad_out, x, grad_weight); });
 }
 

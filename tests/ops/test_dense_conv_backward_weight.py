@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from utnetv2_fast.ops import conv_backward_weight, dispatch, explain
+from utnetv2_fast.ops import dense_conv_backward_weight, dispatch, explain
 from utnetv2_fast.ops.extension import load_extension
 
 Case = tuple[tuple[int, ...], int, tuple[int, ...]]  # (B, C_in, *spatial), C_out, kernel
@@ -73,7 +73,7 @@ BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 
 def backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor, impl: str) -> Tensor:
     """The op itself: it runs `impl` also where the public function leaves the work to torch."""
-    result: Tensor = torch.ops.utnetv2_fast.conv_backward_weight(grad_out, x, weight, impl)
+    result: Tensor = torch.ops.utnetv2_fast.dense_conv_backward_weight(grad_out, x, weight, impl)
     return result
 
 
@@ -193,7 +193,7 @@ def test_non_finite_values_stay_in_their_channels() -> None:
 def test_opcheck(case: Case, impl: str) -> None:
     for layout in LAYOUTS:
         arguments = (*make_inputs(case, layout), impl)
-        torch.library.opcheck(torch.ops.utnetv2_fast.conv_backward_weight.default, arguments)
+        torch.library.opcheck(torch.ops.utnetv2_fast.dense_conv_backward_weight.default, arguments)
 
 
 @needs_extension
@@ -204,7 +204,7 @@ def test_auto_leaves_to_torch_what_torch_does_well(monkeypatch: pytest.MonkeyPat
     pointwise = ((2, 4, 6, 5), 3, (1, 1))
 
     def backend(*inputs: Tensor) -> str:
-        return explain(conv_backward_weight, *inputs).backend
+        return explain(dense_conv_backward_weight, *inputs).backend
 
     assert backend(*make_inputs(spatial, channels_last)) == "cpu"
     assert backend(*make_inputs(spatial, contiguous, grad_layout=channels_last)) == "cpu"
@@ -214,14 +214,14 @@ def test_auto_leaves_to_torch_what_torch_does_well(monkeypatch: pytest.MonkeyPat
         assert backend(*make_inputs(spatial, contiguous, dtype)) == "cpu"
         assert backend(*make_inputs(pointwise, channels_last, dtype)) == "cpu"
     with pytest.raises(NotImplementedError, match=r"cannot run with impl='cpu': .* a product of matrices"):
-        conv_backward_weight(*make_inputs(pointwise, channels_last), impl="cpu")
+        dense_conv_backward_weight(*make_inputs(pointwise, channels_last), impl="cpu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [CASES[2], CASES[7]], ids=str)
 def test_function(case: Case, layout: Layout, device: torch.device) -> None:
     inputs = make_inputs(case, layout, device=device)
-    torch.testing.assert_close(conv_backward_weight(*inputs), formula(*inputs), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(dense_conv_backward_weight(*inputs), formula(*inputs), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -242,14 +242,14 @@ def test_wrong_shapes_are_named(
     name: str, grad_out: tuple[int, ...], x: tuple[int, ...], weight: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match=f"^{name} must "):
-        conv_backward_weight(torch.zeros(grad_out), torch.zeros(x), torch.zeros(weight))
+        dense_conv_backward_weight(torch.zeros(grad_out), torch.zeros(x), torch.zeros(weight))
 
 
 def test_mixed_dtypes_and_devices_are_named() -> None:
     grad_out, x, weight = make_inputs(((2, 4, 6, 5), 3, (3, 3)))
     with pytest.raises(ValueError, match=r"^weight must have the dtype of x, torch.float32, not torch.float64"):
-        conv_backward_weight(grad_out, x, weight.double())
+        dense_conv_backward_weight(grad_out, x, weight.double())
     with pytest.raises(ValueError, match=r"^grad_out must be on the device of x, cpu, not meta"):
-        conv_backward_weight(grad_out.to("meta"), x, weight)
+        dense_conv_backward_weight(grad_out.to("meta"), x, weight)
     with pytest.raises(ValueError, match=r"^x must be float32, float16, bfloat16 or float64, not torch.int32"):
-        conv_backward_weight(grad_out.int(), x.int(), weight.int())
+        dense_conv_backward_weight(grad_out.int(), x.int(), weight.int())

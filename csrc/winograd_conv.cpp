@@ -1,0 +1,456 @@
+// Dense convolution with 3 x 3 taps in planes, 2D and 3D, stride 1, zero 'same' padding, and its weight's gradient, by
+// Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin and Gray 2016): what takes 36 products tap by tap takes 16.
+//
+// The output is cut into tiles of 2 x 2 positions, each of which 4 x 4 of the input reach. With
+//
+//         1  0 -1  0          1    0    0
+//   B' =  0  1  1  0     G = 1/2  1/2  1/2     A' = 1  1  1  0
+//         0 -1  1  0         1/2 -1/2  1/2          0  1 -1 -1
+//         0  1  0 -1          0    0    1
+//
+//   V[tile, i] = B' in[i] B        U[i, o] = G weight[o, i] G'        M[tile, o] = sum over i of V[tile, i] * U[i, o]
+//   out[tile, o] = bias + A' M[tile, o] A
+// and
+//   grad_weight[o, i] = G' (sum over tiles of V[tile, i] * (A grad_out[tile, o] A')) G
+//
+// where * is elementwise: for each of the 16 points a product of matrices, positions by channels by channels. In 3D the
+// sums run over the planes that the taps reach, too. `in`, given a scale and a shift of every sample and channel, is
+// [ReLU](x * scale + shift), as in depthwise_conv.cpp. In single precision the rounding is that of tap by tap or less.
+//
+// The roof is the products' arithmetic. A piece of work is a block of tiles of one plane, whose V and M stay in the
+// second cache between the three steps; U is read from wherever it fits, once a piece, and meets BLOCK tiles there. The
+// transforms read and write vectors of channels, maps must hold channels side by side; they cost some 15 instructions a
+// vector and point, products as many hundred. While the products run, the next piece's memory is fetched.
+#include "kernel_tools.hpp"
+#include "kernels.hpp"
+#include "map.hpp"
+#include "parallel.hpp"
+#include "product.hpp"
+#include "tile.hpp"
+#include "vector.hpp"
+
+namespace utnetv2 {
+namespace UTNETV2_ISA {
+namespace {
+
+constexpr int64_t SIDE = 4, POINTS = SIDE * SIDE;  // of a tile
+constexpr int64_t BLOCK = 64;                      // tiles of a piece, at most
+// Of the weight's gradient:
+constexpr int64_t SUMS_BYTES = 384 << 10;  // of a block's sums, which share the second cache with a piece's points
+constexpr int64_t OUTPUTS = 64;            // channels of a block, at most
+constexpr int64_t PIECES = 32;             // at least, where the shape allows: enough for many threads
+
+struct Geometry {
+    int64_t batch, inputs, outputs;  // channels
+    int64_t depth, height, width, taps_d;
+    int64_t block_h, block_w;    // tiles of a piece
+    int64_t blocks_h, blocks_w;  // pieces of a plane
+
+    int64_t pieces() const { return batch * depth * blocks_h * blocks_w; }
+    int64_t tiles() const { return block_h * block_w; }
+};
+
+Geometry make_geometry(const Tensor& x, const Tensor& weight) {
+    Geometry g;
+    const bool planar = x.dimensions == 4;
+    const int last = x.dimensions - 1;
+    g.batch = x.sizes[0], g.inputs = x.sizes[1], g.outputs = weight.sizes[0];
+    g.depth = planar ? 1 : x.sizes[2], g.height = x.sizes[last - 1], g.width = x.sizes[last];
+    g.taps_d = planar ? 1 : weight.sizes[2];
+    const int64_t tiles_h = divide_up(g.height, 2), tiles_w = divide_up(g.width, 2);
+    g.blocks_w = divide_up(tiles_w, BLOCK), g.block_w = divide_up(tiles_w, g.blocks_w);
+    g.block_h = clamp(BLOCK / g.block_w, 1, tiles_h), g.blocks_h = divide_up(tiles_h, g.block_h);
+    return g;
+}
+
+// Tiles [y0, y1) x [x0, x1) of a plane, and the planes [first, last) of taps that exist around it.
+struct Piece {
+    int64_t sample, z, y0, y1, x0, x1, first, last;
+
+    int64_t tiles() const { return (y1 - y0) * (x1 - x0); }
+};
+
+Piece make_piece(const Geometry& g, int64_t i) {
+    Piece p;
+    p.x0 = i % g.blocks_w * g.block_w, i /= g.blocks_w;
+    p.x1 = smaller(p.x0 + g.block_w, divide_up(g.width, 2));
+    p.y0 = i % g.blocks_h * g.block_h, i /= g.blocks_h;
+    p.y1 = smaller(p.y0 + g.block_h, divide_up(g.height, 2));
+    p.z = i % g.depth, p.sample = i / g.depth;
+    p.first = larger(g.taps_d / 2 - p.z, int64_t(0)), p.last = smaller(g.depth - p.z + g.taps_d / 2, g.taps_d);
+    return p;
+}
+
+// Matrices of the 16 points, tiles by channels: element (tile, channel) of a point at tile * row + channel.
+struct Points {
+    int64_t row, point;  // from tile to tile, from point to point
+
+    // The points lie an odd number of lines apart, so that they do not fall on the same sets of the cache.
+    template <class A>
+    static Points of(int64_t tiles, int64_t channels) {
+        const int64_t row = round_up(channels, LANES<A>);
+        return {row, round_up(tiles * row, 2 * LANES<A>) + LANES<A>};
+    }
+    int64_t elements() const { return POINTS * point; }
+};
+
+template <class A>
+using Grid = Vec<A>[SIDE][SIDE];
+
+// One row or column of a transform. B' d:
+template <class A>
+inline void transform_input(Vec<A>& a, Vec<A>& b, Vec<A>& c, Vec<A>& d) {
+    const Vec<A> sum = b + c, difference = c - b;
+    a = a - c, d = b - d, b = sum, c = difference;
+}
+// A g, of the two first:
+template <class A>
+inline void transform_gradient(Vec<A>& a, Vec<A>& b, Vec<A>& c, Vec<A>& d) {
+    d = -b, c = a - b, b = a + b;
+}
+// A' m, to the two first:
+template <class A>
+inline void transform_output(Vec<A>& a, Vec<A>& b, Vec<A>& c, Vec<A>& d) {
+    a = a + b + c, b = b - c - d;
+}
+// G w, of the three first:
+template <class A>
+inline void transform_weight(Vec<A>& a, Vec<A>& b, Vec<A>& c, Vec<A>& d) {
+    const Vec<A> ends = (a + c) * A(0.5), middle = b * A(0.5);
+    d = c, b = ends + middle, c = ends - middle;
+}
+// G' u, to the three first:
+template <class A>
+inline void transform_grad_weight(Vec<A>& a, Vec<A>& b, Vec<A>& c, Vec<A>& d) {
+    const Vec<A> half = (b + c) * A(0.5);
+    b = (b - c) * A(0.5), a = a + half, c = half + d;
+}
+
+// TRANSFORM of `columns` columns, then of `rows` rows.
+template <class A, class F>
+inline void transform_grid(Grid<A>& grid, int columns, int rows, const F& transform) {
+#pragma GCC unroll 4
+    for (int j = 0; j < columns; ++j) transform(grid[0][j], grid[1][j], grid[2][j], grid[3][j]);
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; ++i) transform(grid[i][0], grid[i][1], grid[i][2], grid[i][3]);
+}
+
+// [ReLU](x * scale + shift) of a sample's vectors of channels, or x.
+template <class A>
+struct Prologue {
+    const A *scale = nullptr, *shift = nullptr;  // from the first channel on
+    bool relu = false;
+
+    Vec<A> operator()(Vec<A> x, Vec<A> by, Vec<A> plus) const {
+        if (!scale) return x;
+        x = x * by + plus;
+        return relu ? maximum<A>(x, Vec<A>{}) : x;
+    }
+};
+
+// SIZE x SIZE positions from (y, x) of a plane on, for tiles of a piece and `channels` channels, transformed, to the
+// points at `to`. A tile's positions outside the plane are zeros.
+template <int SIZE, class T, class A, class F>
+void transform_tiles(const Geometry& g, const Map<T>& map, const T* plane, const Piece& p, int64_t channels,
+                     const Prologue<A>& prologue, A* to, const Points& points, const F& transform) {
+    constexpr int64_t L = LANES<A>, AROUND = (SIZE - 2) / 2;
+    for (int64_t ty = p.y0; ty < p.y1; ++ty)
+        for (int64_t tx = p.x0; tx < p.x1; ++tx, to += points.row) {
+            const int64_t y = 2 * ty - AROUND, x = 2 * tx - AROUND;
+            const T* corner = plane + y * map.h + x * map.w;
+            const bool inside = y >= 0 && y + SIZE <= g.height && x >= 0 && x + SIZE <= g.width;
+            const auto run = [&](auto whole, int64_t c) {
+                const Vec<A> scale = prologue.scale ? load(prologue.scale + c) : Vec<A>{};
+                const Vec<A> shift = prologue.scale ? load(prologue.shift + c) : Vec<A>{};
+                Grid<A> grid;
+#pragma GCC unroll 4
+                for (int i = 0; i < SIZE; ++i)
+#pragma GCC unroll 4
+                    for (int j = 0; j < SIZE; ++j) {
+                        const T* from = corner + i * map.h + j * map.w + c;
+                        if (decltype(whole)::value)
+                            grid[i][j] = prologue(load(from), scale, shift);
+                        else if (y + i < 0 || y + i >= g.height || x + j < 0 || x + j >= g.width)
+                            grid[i][j] = Vec<A>{};
+                        else
+                            grid[i][j] = prologue(c + L <= channels ? load(from) : load_part(from, channels - c), scale,
+                                                  shift);
+                    }
+                transform_grid<A>(grid, SIZE, SIDE, transform);
+#pragma GCC unroll 4
+                for (int i = 0; i < SIDE; ++i)
+#pragma GCC unroll 4
+                    for (int j = 0; j < SIDE; ++j) store(to + (i * SIDE + j) * points.point + c, grid[i][j]);
+            };
+            int64_t c = 0;
+            for (; inside && c + L <= channels; c += L) run(Constant<true>{}, c);
+            for (; c < channels; c += L) run(Constant<false>{}, c);
+        }
+}
+
+// U of all points, planes of taps and channels: [point][panel of two vectors of outputs][plane][input][output].
+template <class A>
+struct TransformedWeight {
+    static constexpr int64_t WIDTH = 2 * LANES<A>;
+    int64_t panels, depth;  // depth: planes times inputs
+    const A* data;
+
+    static int64_t elements(const Geometry& g) {
+        return POINTS * divide_up(g.outputs, WIDTH) * g.taps_d * g.inputs * WIDTH;
+    }
+    const A* at(int64_t point, int64_t panel) const { return data + (point * panels + panel) * depth * WIDTH; }
+};
+
+template <class T, class A>
+void transform_weight_panel(const Geometry& g, const Map<T>& weight, int64_t panel, A* u) {
+    constexpr int64_t L = LANES<A>, WIDTH = TransformedWeight<A>::WIDTH;
+    const int64_t depth = g.taps_d * g.inputs, point = divide_up(g.outputs, WIDTH) * depth * WIDTH;
+    for (int64_t k = 0; k < depth; ++k)
+        for (int64_t lane = 0; lane < WIDTH; lane += L) {
+            const int64_t o = panel * WIDTH + lane;
+            Grid<A> grid;
+            for (int i = 0; i < 3; ++i)
+                for (int j = 0; j < 3; ++j) {
+                    A outputs[L];
+                    for (int64_t n = 0; n < L; ++n)
+                        outputs[n] = o + n < g.outputs ? to_arithmetic(weight(o + n, k % g.inputs, k / g.inputs, i, j))
+                                                       : A(0);
+                    grid[i][j] = load(outputs);
+                }
+            transform_grid<A>(grid, 3, SIDE, transform_weight<A>);
+            A* to = u + (panel * depth + k) * WIDTH + lane;
+            for (int i = 0; i < SIDE; ++i)
+                for (int j = 0; j < SIDE; ++j) store(to + (i * SIDE + j) * point, grid[i][j]);
+        }
+}
+
+// The tiles of a piece from their points to `out`, as far as they lie in the plane.
+template <class T, class A>
+void write_tiles(const Geometry& g, const Map<T>& out, const Piece& p, const A* m, const Points& points) {
+    constexpr int64_t L = LANES<A>;
+    T* plane = out.data + p.sample * out.b + p.z * out.d;
+    for (int64_t ty = p.y0; ty < p.y1; ++ty)
+        for (int64_t tx = p.x0; tx < p.x1; ++tx, m += points.row) {
+            T* corner = plane + 2 * ty * out.h + 2 * tx * out.w;
+            const int64_t rows = smaller(g.height - 2 * ty, 2), columns = smaller(g.width - 2 * tx, 2);
+            for (int64_t c = 0; c < g.outputs; c += L) {
+                Grid<A> grid;
+#pragma GCC unroll 4
+                for (int i = 0; i < SIDE; ++i)
+#pragma GCC unroll 4
+                    for (int j = 0; j < SIDE; ++j) grid[i][j] = load(m + (i * SIDE + j) * points.point + c);
+                transform_grid<A>(grid, SIDE, 2, transform_output<A>);
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 2
+                    for (int j = 0; j < 2; ++j) {
+                        if (i >= rows || j >= columns) continue;
+                        T* to = corner + i * out.h + j * out.w + c;
+                        if (c + L <= g.outputs)
+                            store(to, grid[i][j]);
+                        else
+                            store_part(to, grid[i][j], g.outputs - c);
+                    }
+            }
+        }
+}
+
+// The scale and shift of every sample and channel, zeros behind them up to whole vectors.
+template <class A>
+class Prologues {
+  public:
+    Prologues(const Geometry& g, const Tensor* scale, const Tensor* shift, bool relu)
+        : pitch_(round_up(g.inputs, LANES<A>)), relu_(relu), given_(scale), memory_(given_ ? 2 * g.batch * pitch_ : 0) {
+        for (int64_t i = 0; given_ && i < g.batch * pitch_; ++i) {
+            const int64_t b = i / pitch_, c = i % pitch_;
+            memory_.data[i] = c < g.inputs ? of(*scale, b, c) : A(0);
+            memory_.data[g.batch * pitch_ + i] = c < g.inputs ? of(*shift, b, c) : A(0);
+        }
+        shift_ = memory_.data + g.batch * pitch_;
+    }
+    // From `channel` on, a multiple of LANES.
+    Prologue<A> at(int64_t sample, int64_t channel) const {
+        if (!given_) return {};
+        const int64_t offset = sample * pitch_ + channel;
+        return {memory_.data + offset, shift_ + offset, relu_};
+    }
+
+  private:
+    static A of(const Tensor& t, int64_t b, int64_t c) {
+        return static_cast<const A*>(t.data)[b * t.strides[0] + c * t.strides[1]];
+    }
+    const int64_t pitch_;
+    const bool relu_, given_;
+    const Buffer<A> memory_;
+    const A* shift_;
+};
+
+// Fetches the rows of a map that a piece's tiles reach.
+template <class T>
+Fetch<T> fetch_piece(const Map<T>& map, const Piece& p, int64_t around, int64_t channels, int64_t steps) {
+    const T* from = map.data + p.sample * map.b + p.z * map.d + (2 * p.y0 - around) * map.h + (2 * p.x0 - around) * map.w;
+    const int64_t columns = (2 * (p.x1 - p.x0 + around) - 1) * map.w + channels;
+    return {from, map.h, 1, 2 * (p.y1 - p.y0 + around), columns, steps};
+}
+
+template <class T>
+void convolve(const Tensor& x, const Tensor& weight, const Tensor* scale, const Tensor* shift, bool relu,
+              const Tensor& out) {
+    using A = Arithmetic<T>;
+    const Geometry g = make_geometry(x, weight);
+    const Map<T> from = as_map<T>(x), to = as_map<T>(out), w = as_map<T>(weight);
+    const Prologues<A> prologues(g, scale, shift, relu);
+    const Buffer<A> u_memory(TransformedWeight<A>::elements(g));
+    const TransformedWeight<A> u{divide_up(g.outputs, u.WIDTH), g.taps_d * g.inputs, u_memory.data};
+    parallel_for(u.panels, [&](int64_t panel) { transform_weight_panel(g, w, panel, u_memory.data); });
+
+    // The last vector of a plane's channels reaches beyond them.
+    const Points v_points = Points::of<A>(g.tiles(), (g.taps_d - 1) * g.inputs + round_up(g.inputs, LANES<A>));
+    const Points m_points = Points::of<A>(g.tiles(), u.panels * u.WIDTH);
+    parallel_for(g.pieces(), [&](int64_t i) {
+        const Piece p = make_piece(g, i);
+        Arena arena(v_points.elements() * sizeof(A), m_points.elements() * sizeof(A));
+        A* v = arena.take<A>(v_points.elements());
+        A* m = arena.take<A>(m_points.elements());
+        for (int64_t a = p.first; a < p.last; ++a) {
+            const T* plane = from.data + p.sample * from.b + (p.z + a - g.taps_d / 2) * from.d;
+            transform_tiles<SIDE>(g, from, plane, p, g.inputs, prologues.at(p.sample, 0),
+                                  v + (a - p.first) * g.inputs, v_points, transform_input<A>);
+        }
+        const int64_t steps = POINTS * u.panels * product_steps(p.tiles(), 2);
+        const Piece next = make_piece(g, smaller(i + 1, g.pieces() - 1));
+        Fetch<T> fetch_in = fetch_piece(from, next, 1, g.inputs, steps);
+        Fetch<T> fetch_out = fetch_piece(to, p, 0, g.outputs, steps);
+        const auto meanwhile = [&] { fetch_in(), fetch_out(); };
+        for (int64_t point = 0; point < POINTS; ++point)
+            for (int64_t panel = 0; panel < u.panels; ++panel)
+                product<false>(p.tiles(), 2, (p.last - p.first) * g.inputs,
+                               Strided<A>{v + point * v_points.point, v_points.row, 1},
+                               u.at(point, panel) + p.first * g.inputs * u.WIDTH, u.WIDTH,
+                               m + point * m_points.point + panel * u.WIDTH, m_points.row, meanwhile);
+        write_tiles(g, to, p, m, m_points);
+    });
+}
+
+// The weight's gradient is cut into blocks: a plane of taps, some inputs, some outputs. Pieces of work are a block and a
+// range of the pieces that the forward pass has.
+struct Blocks {
+    int64_t inputs, outputs;              // channels of a block
+    int64_t input_blocks, output_blocks;  // how many
+    int64_t count, ranges, range;         // blocks, ranges, pieces of a range
+
+    int64_t sums() const { return POINTS * inputs * outputs; }
+};
+
+template <class A>
+Blocks make_blocks(const Geometry& g) {
+    constexpr int64_t L = LANES<A>;
+    Blocks b;
+    b.outputs = smaller(round_up(g.outputs, 2 * L), OUTPUTS);
+    const int64_t inputs = larger(SUMS_BYTES / int64_t(sizeof(A)) / (POINTS * b.outputs), L);
+    b.inputs = round_up(divide_up(g.inputs, divide_up(g.inputs, inputs)), L);
+    b.input_blocks = divide_up(g.inputs, b.inputs), b.output_blocks = divide_up(g.outputs, b.outputs);
+    b.count = g.taps_d * b.input_blocks * b.output_blocks;
+    b.range = divide_up(larger(g.pieces(), int64_t(1)), divide_up(PIECES, b.count));
+    b.ranges = larger(divide_up(g.pieces(), b.range), int64_t(1));
+    return b;
+}
+
+// A tap of the depth axis with blocks of channels.
+struct Block {
+    int64_t tap, input, inputs, output, outputs;
+};
+
+Block make_block(const Geometry& g, const Blocks& b, int64_t i) {
+    Block block;
+    block.input = i % b.input_blocks * b.inputs, i /= b.input_blocks;
+    block.inputs = smaller(b.inputs, g.inputs - block.input);
+    block.output = i % b.output_blocks * b.outputs;
+    block.outputs = smaller(b.outputs, g.outputs - block.output);
+    block.tap = i / b.output_blocks;
+    return block;
+}
+
+// Adds the sums of all ranges, `stride` apart, for the block's input `i` and a vector of outputs, and writes its taps.
+template <class T, class A>
+void write_taps(const Blocks& b, const Block& block, const A* sums, int64_t stride, int64_t i, int64_t lane,
+                const Map<T>& grad_weight) {
+    constexpr int64_t L = LANES<A>;
+    Grid<A> grid;
+    for (int64_t point = 0; point < POINTS; ++point) {
+        const A* from = sums + (point * b.inputs + i) * b.outputs + lane;
+        Vec<A> total = load(from);
+        for (int64_t r = 1; r < b.ranges; ++r) total += load(from + r * stride);
+        grid[point / SIDE][point % SIDE] = total;
+    }
+    transform_grid<A>(grid, SIDE, 3, transform_grad_weight<A>);
+    for (int64_t y = 0; y < 3; ++y)
+        for (int64_t x = 0; x < 3; ++x) {
+            T outputs[L];
+            store(outputs, grid[y][x]);
+            for (int64_t n = 0; n < smaller(L, block.outputs - lane); ++n)
+                grad_weight(block.output + lane + n, block.input + i, block.tap, y, x) = outputs[n];
+        }
+}
+
+template <class T>
+void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scale, const Tensor* shift, bool relu,
+                     const Tensor& grad_weight) {
+    using A = Arithmetic<T>;
+    constexpr int64_t L = LANES<A>;
+    const Geometry g = make_geometry(x, grad_weight);
+    const Blocks b = make_blocks<A>(g);
+    const Map<T> grad = as_map<T>(grad_out), from = as_map<T>(x);
+    const Prologues<A> prologues(g, scale, shift, relu);
+    const Buffer<A> sums(b.ranges * b.count * b.sums());  // [range][block][point][input][output]
+    const Points v_points = Points::of<A>(g.tiles(), b.inputs), grad_points = Points::of<A>(g.tiles(), b.outputs);
+
+    parallel_for(b.ranges * b.count, [&](int64_t piece) {
+        const Block block = make_block(g, b, piece % b.count);
+        const int64_t begin = piece / b.count * b.range, end = smaller(begin + b.range, g.pieces());
+        const int64_t shift_d = block.tap - g.taps_d / 2, vectors = divide_up(block.outputs, L);
+        Arena arena(v_points.elements() * sizeof(A), grad_points.elements() * sizeof(A));
+        A* v = arena.take<A>(v_points.elements());
+        A* transformed_grad = arena.take<A>(grad_points.elements());
+        A* total = sums.data + piece * b.sums();
+        fill_zero(total, b.sums());
+        for (int64_t i = begin; i < end; ++i) {
+            const Piece p = make_piece(g, i);
+            if (block.tap < p.first || block.tap >= p.last) continue;
+            const T* plane = from.data + p.sample * from.b + (p.z + shift_d) * from.d + block.input * from.c;
+            transform_tiles<SIDE>(g, from, plane, p, block.inputs, prologues.at(p.sample, block.input), v, v_points,
+                                  transform_input<A>);
+            const T* grad_plane = grad.data + p.sample * grad.b + p.z * grad.d + block.output * grad.c;
+            transform_tiles<2>(g, grad, grad_plane, p, block.outputs, {}, transformed_grad, grad_points,
+                               transform_gradient<A>);
+            for (int64_t point = 0; point < POINTS; ++point)
+                product<true>(block.inputs, vectors, p.tiles(), Strided<A>{v + point * v_points.point, 1, v_points.row},
+                              transformed_grad + point * grad_points.point, grad_points.row,
+                              total + point * b.inputs * b.outputs, b.outputs);
+        }
+    });
+
+    parallel_for(b.count * b.inputs, [&](int64_t row) {
+        const Block block = make_block(g, b, row / b.inputs);
+        if (row % b.inputs >= block.inputs) return;
+        for (int64_t lane = 0; lane < block.outputs; lane += L)
+            write_taps<T>(b, block, sums.data + row / b.inputs * b.sums(), b.count * b.sums(), row % b.inputs, lane,
+                          as_map<T>(grad_weight));
+    });
+}
+
+}  // namespace
+
+void winograd_conv(const Tensor& x, const Tensor& weight, const Tensor* scale, const Tensor* shift, bool relu,
+                   const Tensor& out) {
+    for_storage(x.dtype, [&](auto type) { convolve<decltype(type)>(x, weight, scale, shift, relu, out); });
+}
+
+void winograd_conv_backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scale, const Tensor* shift,
+                                   bool relu, const Tensor& grad_weight) {
+    for_storage(x.dtype,
+                [&](auto type) { backward_weight<decltype(type)>(grad_out, x, scale, shift, relu, grad_weight); });
+}
+
+}  // namespace UTNETV2_ISA
+}  // namespace utnetv2
