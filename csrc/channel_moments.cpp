@@ -90,7 +90,7 @@ void moments(const Tensor& x, const Tensor& mean, const Tensor& variance) {
         const ChannelPiece p = make_channel_piece(g, i);
         const int64_t width = round_up(p.channels, LANES<A>);
         Arena arena(CHUNK_ELEMENTS * sizeof(T), width * sizeof(A), width * sizeof(A), width * sizeof(A));
-        const Tiles<T> tiles(map, g.channels_last, arena.take<T>(CHUNK_ELEMENTS));
+        const Tiles<T> tiles(g, map, arena.take<T>(CHUNK_ELEMENTS));
         A* centre = arena.take<A>(width);
         A* sums = arena.take<A>(width);
         A* squares = arena.take<A>(width);
@@ -210,9 +210,9 @@ void moments_backward(const Tensor& grad_mean, const Tensor& grad_variance, cons
         const int64_t width = round_up(p.channels, LANES<A>);
         Arena arena(CHUNK_ELEMENTS * sizeof(T), CHUNK_ELEMENTS * sizeof(T), CHUNK_ELEMENTS * sizeof(T),
                     width * sizeof(A), width * sizeof(A), width * sizeof(A));
-        const Tiles<T> x_tiles(x_map, g.channels_last, arena.take<T>(CHUNK_ELEMENTS));
-        const Tiles<T> other_tiles(other_map, g.channels_last, arena.take<T>(CHUNK_ELEMENTS));
-        const Tiles<T> out_tiles(out_map, g.channels_last, arena.take<T>(CHUNK_ELEMENTS));
+        const Tiles<T> x_tiles(g, x_map, arena.take<T>(CHUNK_ELEMENTS));
+        const Tiles<T> other_tiles(g, other_map, arena.take<T>(CHUNK_ELEMENTS));
+        const Tiles<T> out_tiles(g, out_map, arena.take<T>(CHUNK_ELEMENTS));
         A* centre = arena.take<A>(width);
         A* slope = arena.take<A>(width);
         A* offset = arena.take<A>(width);

@@ -137,30 +137,41 @@ inline void for_positions(const ChannelMap<T>& map, int64_t p0, int64_t count, c
 }
 
 // The tiles of one map: parts of the map itself where its layout allows, else copies in `memory`, of CHUNK_ELEMENTS.
+// With large maps those that are written are copies too, streamed to the map.
 template <class T>
 class Tiles {
   public:
-    Tiles(const ChannelMap<T>& map, bool channels_last, T* memory)
+    Tiles(const ChannelGeometry& g, const ChannelMap<T>& map, T* memory)
         : map_(map),
-          channels_last_(channels_last),
-          in_place_(channels_last ? map.channels_last() : map.channels_first()),
+          channels_last_(g.channels_last),
+          in_place_(channels_last_ ? map.channels_last() : map.channels_first()),
+          streamed_(in_place_ && g.batch * g.channels * g.positions * int64_t(sizeof(T)) >= STREAMED_BYTES),
           memory_(memory) {}
 
     // A tile to be written; written() must follow.
     Tile<T> at(const ChannelChunk& k) const {
-        if (!in_place_) return {memory_, k.channels};
-        return {map_.data + k.sample * map_.b + k.c0 * map_.c + k.p0 * map_.step, map_.step};
+        if (!in_place_ || streamed_) return {memory_, k.channels};
+        return {of_map(k), map_.step};
     }
     void written(const ChannelChunk& k) const {
         if (!in_place_) copy(k, [](T& in_tile, T& in_map) { in_map = in_tile; });
+        if (!streamed_) return;
+        const bool one_run = !channels_last_ || map_.step == k.channels;
+        const int64_t rows = one_run ? 1 : k.positions, columns = one_run ? k.positions * k.channels : k.channels;
+        for (int64_t r = 0; r < rows; ++r)
+            stream_run(of_map(k) + r * map_.step, memory_ + r * columns, columns);
     }
     // A tile with what the map holds.
     Tile<T> read(const ChannelChunk& k) const {
-        if (!in_place_) copy(k, [](T& in_tile, T& in_map) { in_tile = in_map; });
-        return at(k);
+        if (in_place_) return {of_map(k), map_.step};
+        copy(k, [](T& in_tile, T& in_map) { in_tile = in_map; });
+        return {memory_, k.channels};
     }
 
   private:
+    T* of_map(const ChannelChunk& k) const {
+        return map_.data + k.sample * map_.b + k.c0 * map_.c + k.p0 * map_.step;
+    }
     template <class F>
     void copy(const ChannelChunk& k, const F& move) const {
         for (int64_t c = 0; c < k.channels; ++c) {
@@ -172,7 +183,7 @@ class Tiles {
     }
 
     const ChannelMap<T> map_;
-    const bool channels_last_, in_place_;
+    const bool channels_last_, in_place_, streamed_;
     T* const memory_;
 };
 

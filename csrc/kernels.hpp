@@ -49,8 +49,8 @@ struct Kernels {
     void (*scale_shift_backward)(const Tensor& grad_out, const Tensor& x, const Tensor& scale, const Tensor& shift,
                                  bool relu, const Tensor& grad_x, const Tensor& grad_scale, const Tensor& grad_shift);
 
-    // out (B, C_out, *spatial) = in convolved with weight (C_out, C_in, [any odd,] 3, 3), in = x (B, C_in, *spatial) or,
-    // with scale and shift (B, C_in), [ReLU](x * scale + shift). The channels of all maps lie side by side.
+    // out (B, C_out, *spatial) = in convolved with weight (C_out, C_in, [any odd,] 3, 3), in = x (B, C_in, *spatial)
+    // or, with scale and shift (B, C_in), [ReLU](x * scale + shift). The channels of all maps lie side by side.
     void (*winograd_conv)(const Tensor& x, const Tensor& weight, const Tensor* scale, const Tensor* shift, bool relu,
                           const Tensor& out);
 

@@ -63,8 +63,8 @@ void forward(const Tensor& x, const Tensor& scale, const Tensor& shift, const Te
         const ChannelPiece p = make_channel_piece(g, i);
         const int64_t width = round_up(p.channels, LANES<A>);
         Arena arena(CHUNK_ELEMENTS * sizeof(T), CHUNK_ELEMENTS * sizeof(T), width * sizeof(A), width * sizeof(A));
-        const Tiles<T> x_tiles(x_map, g.channels_last, arena.take<T>(CHUNK_ELEMENTS));
-        const Tiles<T> out_tiles(out_map, g.channels_last, arena.take<T>(CHUNK_ELEMENTS));
+        const Tiles<T> x_tiles(g, x_map, arena.take<T>(CHUNK_ELEMENTS));
+        const Tiles<T> out_tiles(g, out_map, arena.take<T>(CHUNK_ELEMENTS));
         A* scales = arena.take<A>(width);
         A* shifts = arena.take<A>(width);
         copy_parameters(scale, p, width, scales);
@@ -148,9 +148,9 @@ void backward(const Tensor& grad_out, const Tensor& x, const Tensor& scale, cons
         const int64_t width = round_up(p.channels, LANES<A>);
         Arena arena(CHUNK_ELEMENTS * sizeof(T), CHUNK_ELEMENTS * sizeof(T), CHUNK_ELEMENTS * sizeof(T),
                     width * sizeof(A), width * sizeof(A), width * sizeof(A), width * sizeof(A));
-        const Tiles<T> grad_tiles(grad_map, g.channels_last, arena.take<T>(CHUNK_ELEMENTS));
-        const Tiles<T> x_tiles(x_map, g.channels_last, arena.take<T>(CHUNK_ELEMENTS));
-        const Tiles<T> out_tiles(out_map, g.channels_last, arena.take<T>(CHUNK_ELEMENTS));
+        const Tiles<T> grad_tiles(g, grad_map, arena.take<T>(CHUNK_ELEMENTS));
+        const Tiles<T> x_tiles(g, x_map, arena.take<T>(CHUNK_ELEMENTS));
+        const Tiles<T> out_tiles(g, out_map, arena.take<T>(CHUNK_ELEMENTS));
         A* scales = arena.take<A>(width);
         A* shifts = arena.take<A>(width);
         A* of_scale = arena.take<A>(width);

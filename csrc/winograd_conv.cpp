@@ -201,31 +201,44 @@ struct TransformedWeight {
     const A* at(int64_t point, int64_t panel) const { return data + (point * panels + panel) * depth * WIDTH; }
 };
 
+// Rows of the weight lie apart, often at a power of two: a few inputs of each are copied together first.
 template <class T, class A>
 void transform_weight_panel(const Geometry& g, const Map<T>& weight, int64_t panel, A* u) {
-    constexpr int64_t L = LANES<A>, WIDTH = TransformedWeight<A>::WIDTH;
+    constexpr int64_t L = LANES<A>, WIDTH = TransformedWeight<A>::WIDTH, TAPS = 9, TOGETHER = 16;
     const int64_t depth = g.taps_d * g.inputs, point = divide_up(g.outputs, WIDTH) * depth * WIDTH;
-    for (int64_t k = 0; k < depth; ++k)
-        for (int64_t lane = 0; lane < WIDTH; lane += L) {
-            const int64_t o = panel * WIDTH + lane;
-            Grid<A> grid;
-            for (int i = 0; i < 3; ++i)
-                for (int j = 0; j < 3; ++j) {
-                    A outputs[L];
-                    for (int64_t n = 0; n < L; ++n)
-                        outputs[n] = o + n < g.outputs ? to_arithmetic(weight(o + n, k % g.inputs, k / g.inputs, i, j))
-                                                       : A(0);
-                    grid[i][j] = load(outputs);
-                }
-            transform_grid<A>(grid, 3, SIDE, transform_weight<A>);
-            A* to = u + (panel * depth + k) * WIDTH + lane;
-            for (int i = 0; i < SIDE; ++i)
-                for (int j = 0; j < SIDE; ++j) store(to + (i * SIDE + j) * point, grid[i][j]);
-        }
+    const int64_t outputs = smaller(WIDTH, g.outputs - panel * WIDTH);
+    A together[TOGETHER * TAPS][WIDTH] = {};  // [input, tap][output]
+    for (int64_t first = 0; first < depth; first += TOGETHER) {
+        const int64_t count = smaller(TOGETHER, depth - first);
+        for (int64_t o = 0; o < outputs; ++o)
+            for (int64_t k = 0; k < count; ++k) {
+                const T* taps = &weight(panel * WIDTH + o, (first + k) % g.inputs, (first + k) / g.inputs, 0, 0);
+                for (int64_t t = 0; t < TAPS; ++t)
+                    together[k * TAPS + t][o] = to_arithmetic(taps[t / 3 * weight.h + t % 3 * weight.w]);
+            }
+        for (int64_t k = 0; k < count; ++k)
+            for (int64_t lane = 0; lane < WIDTH; lane += L) {
+                Grid<A> grid;
+                for (int64_t t = 0; t < TAPS; ++t) grid[t / 3][t % 3] = load(together[k * TAPS + t] + lane);
+                transform_grid<A>(grid, 3, SIDE, transform_weight<A>);
+                A* to = u + (panel * depth + first + k) * WIDTH + lane;
+                for (int i = 0; i < SIDE; ++i)
+                    for (int j = 0; j < SIDE; ++j) store(to + (i * SIDE + j) * point, grid[i][j]);
+            }
+    }
+}
+
+// Whether `out` is streamed: it is large, and its vectors of channels lie where whole ones can be.
+template <class T, class A>
+bool is_streamed(const Geometry& g, const Map<T>& out) {
+    const int64_t bytes = g.batch * g.outputs * g.depth * g.height * g.width * int64_t(sizeof(T));
+    const bool aligned = uintptr_t(out.data) % UTNETV2_VECTOR_BYTES == 0 && g.outputs % LANES<A> == 0 &&
+                         (out.b | out.d | out.h | out.w) % LANES<A> == 0;
+    return sizeof(T) == sizeof(A) && aligned && bytes >= STREAMED_BYTES;
 }
 
 // The tiles of a piece from their points to `out`, as far as they lie in the plane.
-template <class T, class A>
+template <bool STREAMED, class T, class A>
 void write_tiles(const Geometry& g, const Map<T>& out, const Piece& p, const A* m, const Points& points) {
     constexpr int64_t L = LANES<A>;
     T* plane = out.data + p.sample * out.b + p.z * out.d;
@@ -246,13 +259,16 @@ void write_tiles(const Geometry& g, const Map<T>& out, const Piece& p, const A* 
                     for (int j = 0; j < 2; ++j) {
                         if (i >= rows || j >= columns) continue;
                         T* to = corner + i * out.h + j * out.w + c;
-                        if (c + L <= g.outputs)
+                        if (STREAMED)
+                            stream(to, &grid[i][j]);
+                        else if (c + L <= g.outputs)
                             store(to, grid[i][j]);
                         else
                             store_part(to, grid[i][j], g.outputs - c);
                     }
             }
         }
+    if (STREAMED) finish_streams();
 }
 
 // The scale and shift of every sample and channel, zeros behind them up to whole vectors.
@@ -288,9 +304,10 @@ class Prologues {
 // Fetches the rows of a map that a piece's tiles reach.
 template <class T>
 Fetch<T> fetch_piece(const Map<T>& map, const Piece& p, int64_t around, int64_t channels, int64_t steps) {
-    const T* from = map.data + p.sample * map.b + p.z * map.d + (2 * p.y0 - around) * map.h + (2 * p.x0 - around) * map.w;
-    const int64_t columns = (2 * (p.x1 - p.x0 + around) - 1) * map.w + channels;
-    return {from, map.h, 1, 2 * (p.y1 - p.y0 + around), columns, steps};
+    const int64_t rows = 2 * (p.y1 - p.y0 + around), columns = 2 * (p.x1 - p.x0 + around);
+    const T* plane = map.data + p.sample * map.b + p.z * map.d;
+    const T* from = plane + (2 * p.y0 - around) * map.h + (2 * p.x0 - around) * map.w;
+    return {from, map.h, 1, rows, (columns - 1) * map.w + channels, steps};
 }
 
 template <class T>
@@ -307,6 +324,7 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor* scale, const 
     // The last vector of a plane's channels reaches beyond them.
     const Points v_points = Points::of<A>(g.tiles(), (g.taps_d - 1) * g.inputs + round_up(g.inputs, LANES<A>));
     const Points m_points = Points::of<A>(g.tiles(), u.panels * u.WIDTH);
+    const bool streamed = is_streamed<T, A>(g, to);
     parallel_for(g.pieces(), [&](int64_t i) {
         const Piece p = make_piece(g, i);
         Arena arena(v_points.elements() * sizeof(A), m_points.elements() * sizeof(A));
@@ -321,19 +339,22 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor* scale, const 
         const Piece next = make_piece(g, smaller(i + 1, g.pieces() - 1));
         Fetch<T> fetch_in = fetch_piece(from, next, 1, g.inputs, steps);
         Fetch<T> fetch_out = fetch_piece(to, p, 0, g.outputs, steps);
-        const auto meanwhile = [&] { fetch_in(), fetch_out(); };
+        const auto meanwhile = [&] {
+            fetch_in();
+            if (!streamed) fetch_out();
+        };
         for (int64_t point = 0; point < POINTS; ++point)
             for (int64_t panel = 0; panel < u.panels; ++panel)
                 product<false>(p.tiles(), 2, (p.last - p.first) * g.inputs,
                                Strided<A>{v + point * v_points.point, v_points.row, 1},
                                u.at(point, panel) + p.first * g.inputs * u.WIDTH, u.WIDTH,
                                m + point * m_points.point + panel * u.WIDTH, m_points.row, meanwhile);
-        write_tiles(g, to, p, m, m_points);
+        streamed ? write_tiles<true>(g, to, p, m, m_points) : write_tiles<false>(g, to, p, m, m_points);
     });
 }
 
-// The weight's gradient is cut into blocks: a plane of taps, some inputs, some outputs. Pieces of work are a block and a
-// range of the pieces that the forward pass has.
+// The weight's gradient is cut into blocks: a plane of taps, some inputs, some outputs. A piece of work is a block and
+// a range of the pieces that the forward pass has.
 struct Blocks {
     int64_t inputs, outputs;              // channels of a block
     int64_t input_blocks, output_blocks;  // how many

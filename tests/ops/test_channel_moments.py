@@ -261,3 +261,16 @@ def test_wrong_shapes_are_named(shape: tuple[int, ...]) -> None:
 def test_a_wrong_dtype_is_named() -> None:
     with pytest.raises(ValueError, match=r"^x must be float32, float16, bfloat16 or float64, not torch.int32"):
         channel_moments(torch.zeros(1, 2, 3, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("shape", [(1, 33, 511, 501), (1, 601, 121, 119)], ids=str)
+def test_maps_larger_than_the_caches(shape: tuple[int, ...], layout: Layout, compiled_build: str) -> None:
+    """Their gradients are streamed, in runs that begin and end within the processor's vectors."""
+    x, other = layout(torch.randn(shape)), layout(torch.randn(shape))
+    grad_mean, grad_variance, mean = torch.randn(3, *shape[:2])
+    positions, over = shape[2] * shape[3], (..., None, None)
+    gradients = positions * grad_mean, positions * grad_variance
+    result = torch.ops.utnetv2_fast.channel_moments_backward(*gradients, x, mean, other, compiled_build)
+    expected = other + grad_mean[over] + 2 * grad_variance[over] * (x - mean[over])
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)

@@ -135,6 +135,13 @@ def test_any_shape_in_any_layout(
     torch.testing.assert_close(gradient, formula_backward_weight(grad_out, x, weight), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("channels", [32, 33])
+def test_maps_larger_than_the_caches(channels: int, instructions: str, assert_accurate: Callable[..., None]) -> None:
+    """The result is streamed where vectors of channels are aligned."""
+    _, x, weight = make_inputs(((1, 3, 2, 363, 361), channels, (1, 3, 3)))
+    assert_accurate(ops.dense_conv(x, weight, "cpu"), formula(x, weight), formula(x.double(), weight.double()))
+
+
 @needs_extension
 @pytest.mark.parametrize("case", [((2, 40, 8, 24, 24), 20, (3, 3, 3)), ((1, 130, 50, 70), 70, (3, 3))], ids=str)
 def test_nothing_threads_changes(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from utnetv2_fast.ops import scale_shift
+from utnetv2_fast.ops.dispatch import Impl
 
 OPERATOR = scale_shift
 SHAPES: list[tuple[int, ...]] = [
@@ -279,3 +280,17 @@ def test_wrong_dtypes_and_devices_are_named() -> None:
         scale_shift(x, scale, shift.to("meta"))
     with pytest.raises(ValueError, match=r"^x must be float32, float16, bfloat16 or float64, not torch.int32"):
         scale_shift(x.int(), scale, shift)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("shape", [(1, 33, 511, 501), (1, 601, 121, 119)], ids=str)
+def test_maps_larger_than_the_caches(shape: tuple[int, ...], layout: Layout, compiled_build: Impl) -> None:
+    """Their results are streamed, in runs that begin and end within the processor's vectors."""
+    x, scale, shift = make_inputs(shape, layout)
+    result = scale_shift(x, scale, shift, relu=True, impl=compiled_build)
+    torch.testing.assert_close(result, formula(x, scale, shift, relu=True))
+    grad = layout(torch.randn(shape))
+    exact_x = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(formula(exact_x, scale, shift, relu=True), exact_x, grad)
+    grad_x, *_ = torch.ops.utnetv2_fast.scale_shift_backward(grad, x, scale, shift, True, compiled_build)
+    torch.testing.assert_close(grad_x, expected)
