@@ -20,8 +20,9 @@ def attend_twice(q: Tensor, v: Tensor, map_q: Tensor, map_v: Tensor) -> tuple[Te
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise with a weight (C, 1, *k), else densely."""
     convolution = F.conv2d if x.ndim == 4 else F.conv3d
-    return convolution(x, weight, padding=[k // 2 for k in weight.shape[2:]], groups=x.shape[1])
+    return convolution(x, weight, padding=[k // 2 for k in weight.shape[2:]], groups=x.shape[1] // weight.shape[1])
 
 
 def convolve_separably(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Tensor:
