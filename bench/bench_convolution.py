@@ -98,8 +98,8 @@ def compare_convolutions(
         },
         tuple(t.detach().to(x.device) for t in exact),
         flops=(3 if backward else 1) * 2 * grad.numel() * math.prod(weight.shape[1:]),
-        # Forward reads x and writes the result; the gradients read x and the result's twice, and write that of x.
-        bytes_moved=(2 * x.nbytes + 2 * grad.nbytes + grad.nbytes) if backward else x.nbytes + grad.nbytes,
+        # Forward reads x and writes the result; the gradients read x and the result's gradient and write that of x.
+        bytes_moved=3 * x.nbytes + 2 * grad.nbytes if backward else x.nbytes + grad.nbytes,
         compared=compared,
     )
 

@@ -160,6 +160,7 @@ class Tiles {
         const int64_t rows = one_run ? 1 : k.positions, columns = one_run ? k.positions * k.channels : k.channels;
         for (int64_t r = 0; r < rows; ++r)
             stream_run(of_map(k) + r * map_.step, memory_ + r * columns, columns);
+        finish_streams();
     }
     // A tile with what the map holds.
     Tile<T> read(const ChannelChunk& k) const {

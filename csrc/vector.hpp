@@ -166,8 +166,13 @@ inline void store(Float16* to, Vec<float> value) {
 
 // ---- Past the caches: memory that is not in them need not be read before it is overwritten. ----
 
-// What fits no cache of today's processors: streamed, it takes two thirds of the time.
+// Results from this size on are streamed: few processors have caches that would keep them for their readers, and a copy
+// that streams takes two thirds of the time.
+#if defined(__SSE2__)
 constexpr int64_t STREAMED_BYTES = 32 << 20;
+#else
+constexpr int64_t STREAMED_BYTES = INT64_MAX;
+#endif
 
 // A vector to an address that is a multiple of its size. Other threads see it after `finish_streams`.
 inline void stream(void* to, const void* from) {
@@ -188,14 +193,13 @@ inline void finish_streams() {
 #endif
 }
 
-// `count` elements, whatever their address.
+// `count` elements, whatever their address, the same way.
 template <class T>
 inline void stream_run(T* to, const T* from, int64_t count) {
     constexpr int64_t STEP = UTNETV2_VECTOR_BYTES / int64_t(sizeof(T));
     for (; count > 0 && uintptr_t(to) % UTNETV2_VECTOR_BYTES != 0; --count) *to++ = *from++;
     for (; count >= STEP; count -= STEP, to += STEP, from += STEP) stream(to, from);
     for (; count > 0; --count) *to++ = *from++;
-    finish_streams();
 }
 
 // ---- Parts of vectors: `count` elements, fewer than LANES; what is missing reads as zero and is not written. ----

@@ -18,9 +18,9 @@
 // [ReLU](x * scale + shift), as in depthwise_conv.cpp. In single precision the rounding is that of tap by tap or less.
 //
 // The roof is the products' arithmetic. A piece of work is a block of tiles of one plane, whose V and M stay in the
-// second cache between the three steps; U is read from wherever it fits, once a piece, and meets BLOCK tiles there. The
-// transforms read and write vectors of channels, maps must hold channels side by side; they cost some 15 instructions a
-// vector and point, products as many hundred. While the products run, the next piece's memory is fetched.
+// second cache between the three steps unless the channels are many; U is read from wherever it fits, once a piece, and
+// meets BLOCK tiles there. The transforms read and write vectors of channels, so that maps must hold channels side by
+// side; they take a fifth of the time. While the products run, the next piece's memory is fetched.
 #include "kernel_tools.hpp"
 #include "kernels.hpp"
 #include "map.hpp"
@@ -88,8 +88,9 @@ struct Points {
     // The points lie an odd number of lines apart, so that they do not fall on the same sets of the cache.
     template <class A>
     static Points of(int64_t tiles, int64_t channels) {
+        constexpr int64_t LINE = 64 / int64_t(sizeof(A));
         const int64_t row = round_up(channels, LANES<A>);
-        return {row, round_up(tiles * row, 2 * LANES<A>) + LANES<A>};
+        return {row, round_up(tiles * row, 2 * LINE) + LINE};
     }
     int64_t elements() const { return POINTS * point; }
 };
@@ -126,7 +127,7 @@ inline void transform_grad_weight(Vec<A>& a, Vec<A>& b, Vec<A>& c, Vec<A>& d) {
     b = (b - c) * A(0.5), a = a + half, c = half + d;
 }
 
-// TRANSFORM of `columns` columns, then of `rows` rows.
+// `transform` of `columns` columns, then of `rows` rows.
 template <class A, class F>
 inline void transform_grid(Grid<A>& grid, int columns, int rows, const F& transform) {
 #pragma GCC unroll 4
@@ -301,11 +302,12 @@ class Prologues {
     const A* shift_;
 };
 
-// Fetches the rows of a map that a piece's tiles reach.
+// Fetches the rows of plane z of a map that a piece's tiles reach; nothing where positions lie far apart.
 template <class T>
-Fetch<T> fetch_piece(const Map<T>& map, const Piece& p, int64_t around, int64_t channels, int64_t steps) {
-    const int64_t rows = 2 * (p.y1 - p.y0 + around), columns = 2 * (p.x1 - p.x0 + around);
-    const T* plane = map.data + p.sample * map.b + p.z * map.d;
+Fetch<T> fetch_piece(const Map<T>& map, const Piece& p, int64_t z, int64_t around, int64_t channels, int64_t steps) {
+    const bool dense = map.w <= 2 * channels;
+    const int64_t rows = dense ? 2 * (p.y1 - p.y0 + around) : 0, columns = 2 * (p.x1 - p.x0 + around);
+    const T* plane = map.data + p.sample * map.b + z * map.d;
     const T* from = plane + (2 * p.y0 - around) * map.h + (2 * p.x0 - around) * map.w;
     return {from, map.h, 1, rows, (columns - 1) * map.w + channels, steps};
 }
@@ -318,7 +320,7 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor* scale, const 
     const Map<T> from = as_map<T>(x), to = as_map<T>(out), w = as_map<T>(weight);
     const Prologues<A> prologues(g, scale, shift, relu);
     const Buffer<A> u_memory(TransformedWeight<A>::elements(g));
-    const TransformedWeight<A> u{divide_up(g.outputs, u.WIDTH), g.taps_d * g.inputs, u_memory.data};
+    const TransformedWeight<A> u{divide_up(g.outputs, TransformedWeight<A>::WIDTH), g.taps_d * g.inputs, u_memory.data};
     parallel_for(u.panels, [&](int64_t panel) { transform_weight_panel(g, w, panel, u_memory.data); });
 
     // The last vector of a plane's channels reaches beyond them.
@@ -337,8 +339,10 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor* scale, const 
         }
         const int64_t steps = POINTS * u.panels * product_steps(p.tiles(), 2);
         const Piece next = make_piece(g, smaller(i + 1, g.pieces() - 1));
-        Fetch<T> fetch_in = fetch_piece(from, next, 1, g.inputs, steps);
-        Fetch<T> fetch_out = fetch_piece(to, p, 0, g.outputs, steps);
+        // Of the planes around it the last one is the one that no piece has met.
+        const int64_t next_z = next.z + next.last - 1 - g.taps_d / 2;
+        Fetch<T> fetch_in = fetch_piece(from, next, next_z, 1, g.inputs, steps);
+        Fetch<T> fetch_out = fetch_piece(to, p, p.z, 0, g.outputs, steps);
         const auto meanwhile = [&] {
             fetch_in();
             if (!streamed) fetch_out();

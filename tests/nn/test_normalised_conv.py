@@ -14,6 +14,7 @@ from utnetv2_fast.nn.convolution import DepthwiseConv, MBConv, Norm, NormActConv
 from utnetv2_fast.nn.stages import PatchMerging
 from utnetv2_fast.ops import explain
 from utnetv2_fast.ops.dispatch import Impl, implementation
+from utnetv2_fast.ops.extension import load_extension
 
 Make = Callable[[int, Norm, Impl], nn.Module]  # of 2 or 3 dimensions, for maps of 8 channels
 
@@ -84,6 +85,33 @@ def test_results_gradients_and_statistics_are_torchs(
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     for got, want in zip(fused.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_normalisation_within_the_convolution_gives_nearly_the_numbers_of_torch(
+    dimensions: int, norm: Norm, frozen: bool
+) -> None:
+    """Where a kernel does both: float32, channels-last, enough channels."""
+
+    def make(dimensions: int, norm: Norm, impl: Impl) -> nn.Module:
+        return NormActConv(norm, 20, make_conv(20, 24, (3,) * dimensions), dimensions=dimensions, impl=impl)
+
+    fused, plain = pair(make, dimensions, norm, torch.float32)
+    exact = copy.deepcopy(plain).double()
+    x = torch.randn(2, *(6, 4, 8)[:dimensions], 20).movedim(-1, 1)
+    assert explain("dense_conv", x, fused.conv.weight).backend == "cpu" or load_extension() is None
+    for module in (fused, plain, exact):
+        module.conv.weight.requires_grad_(not frozen)
+    results = []
+    for module in (fused, exact):
+        leaf = x.to(module.conv.weight.dtype).detach().requires_grad_()
+        result = module(leaf)
+        leaves = [leaf, *(p for p in module.parameters() if p.requires_grad)]
+        results.append([result, *torch.autograd.grad(result.square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -93,7 +93,7 @@ def test_results_match_float64(
 ) -> None:
     grad_out, x, weight = make_inputs(case, layout, dtype)
     wide = [t.double() for t in (grad_out, x, weight)]
-    assert_accurate(ops.dense_conv(x, weight, "cpu"), formula(x, weight), formula(*wide[1:]))
+    assert_accurate(ops.dense_conv(x, weight), formula(x, weight), formula(*wide[1:]))
     gradient = ops.dense_conv_backward_weight(grad_out, x, weight, "cpu")
     assert_accurate(gradient, formula_backward_weight(grad_out, x, weight), formula_backward_weight(*wide), factor=3.0)
 
@@ -109,9 +109,9 @@ def test_scaled_results_match_float64(
     scale, shift = scale_and_shift(x)
     wide_x, wide_grad, wide_weight = x.double(), grad_out.double(), weight.double()
     exact_y, eager_y = scaled(wide_x, scale.double(), shift.double(), relu), scaled(x, scale, shift, relu)
-    result = ops.scaled_dense_conv(x, scale, shift, relu, weight, "cpu")
+    result = ops.scaled_dense_conv(x, scale, shift, relu, weight)
     assert_accurate(result, formula(eager_y, weight), formula(exact_y, wide_weight))
-    gradient = ops.scaled_dense_conv_backward_weight(grad_out, x, scale, shift, relu, weight, "cpu")
+    gradient = ops.scaled_dense_conv_backward_weight(grad_out, x, scale, shift, relu, weight)
     eager = formula_backward_weight(grad_out, eager_y, weight)
     assert_accurate(gradient, eager, formula_backward_weight(wide_grad, exact_y, wide_weight), factor=3.0)
 
@@ -130,7 +130,7 @@ def test_any_shape_in_any_layout(
 ) -> None:
     kernel = (taps, 3, 3)[3 - len(spatial) :]
     grad_out, x, weight = make_inputs(((b, c_in, *spatial), c_out, kernel), layout, torch.float64)
-    torch.testing.assert_close(ops.dense_conv(x, weight, "cpu"), formula(x, weight), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ops.dense_conv(x, weight), formula(x, weight), rtol=1e-10, atol=1e-10)
     gradient = ops.dense_conv_backward_weight(grad_out, x, weight, "cpu")
     torch.testing.assert_close(gradient, formula_backward_weight(grad_out, x, weight), rtol=1e-10, atol=1e-10)
 
@@ -138,8 +138,10 @@ def test_any_shape_in_any_layout(
 @pytest.mark.parametrize("channels", [32, 33])
 def test_maps_larger_than_the_caches(channels: int, instructions: str, assert_accurate: Callable[..., None]) -> None:
     """The result is streamed where vectors of channels are aligned."""
-    _, x, weight = make_inputs(((1, 3, 2, 363, 361), channels, (1, 3, 3)))
-    assert_accurate(ops.dense_conv(x, weight, "cpu"), formula(x, weight), formula(x.double(), weight.double()))
+    _, x, weight = make_inputs(((1, 3, 2, 365, 361), channels, (1, 3, 3)))
+    result = ops.dense_conv(x, weight)
+    assert result.nbytes >= 32 << 20
+    assert_accurate(result, formula(x, weight), formula(x.double(), weight.double()))
 
 
 @needs_extension
@@ -151,7 +153,7 @@ def test_nothing_threads_changes(
 
     def run() -> list[Tensor]:
         gradient = ops.dense_conv_backward_weight(grad_out, x, weight, "cpu")
-        return [ops.dense_conv(x, weight, "cpu"), gradient]
+        return [ops.dense_conv(x, weight), gradient]
 
     assert_same_bits_on_any_threads(run)
 
@@ -161,7 +163,7 @@ def test_non_finite_values_reach_no_further_than_a_tile() -> None:
     """4 x 4 positions share the arithmetic, so that an infinity may reach one position further than its taps do."""
     _, x, weight = make_inputs(((2, 16, 3, 12, 12), 16, (1, 3, 3)))
     x[0, 5, 1, 6, 6] = torch.inf
-    finite = ops.dense_conv(x, weight, "cpu").isfinite()
+    finite = ops.dense_conv(x, weight).isfinite()
     assert not finite[0, :, 1, 5:8, 5:8].any()
     finite[0, :, 1, 4:9, 4:9] = True
     assert finite.all()
@@ -222,15 +224,47 @@ def test_weight_gradients_run_where_the_convolution_does(monkeypatch: pytest.Mon
 
 @needs_extension
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_opcheck(case: Case, impl: str) -> None:
-    for layout in LAYOUTS[:2]:
+def test_opcheck(case: Case) -> None:
+    for layout in LAYOUTS:
         grad_out, x, weight = make_inputs(case, layout)
         scale, shift = scale_and_shift(x)
-        torch.library.opcheck(ops.dense_conv.default, (x, weight, impl))
-        torch.library.opcheck(ops.scaled_dense_conv.default, (x, scale, shift, True, weight, impl))
-        arguments = (grad_out, x, scale, shift, True, weight, impl)
+        torch.library.opcheck(ops.dense_conv.default, (x, weight))
+        torch.library.opcheck(ops.scaled_dense_conv.default, (x, scale, shift, True, weight))
+        arguments = (grad_out, x, scale, shift, True, weight)
         torch.library.opcheck(ops.scaled_dense_conv_backward_weight.default, arguments)
+
+
+@needs_extension
+def test_what_the_kernel_cannot_read_is_refused_by_the_op_itself() -> None:
+    _, x, weight = make_inputs(CASES[0])
+    with pytest.raises(NotImplementedError, match="channels lie side by side"):
+        ops.dense_conv(x.contiguous(), weight)
+    with pytest.raises(NotImplementedError, match="3 x 3 taps in planes, and the weight 5 x 3"):
+        ops.dense_conv(x, torch.ones(24, 32, 5, 3))
+
+
+@needs_extension
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (1, 1)], ids=str)
+def test_compiles_as_one_graph_of_any_size(kernel: tuple[int, ...]) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(dense_conv, fullgraph=True, dynamic=True)
+    for size in (6, 9):
+        _, x, weight = make_inputs(((2, 16, size, 8), 16, kernel))
+        torch.testing.assert_close(compiled(x, weight), formula(x, weight), rtol=1e-4, atol=1e-4)
+
+
+@needs_extension
+@pytest.mark.parametrize(("need_x", "need_weight"), [(True, False), (False, True)])
+def test_gradients_of_one_argument_and_of_a_sum(need_x: bool, need_weight: bool) -> None:
+    """The gradient of a sum is one number with strides of zero."""
+    _, x, weight = make_inputs(CASES[0])
+    x_, weight_ = x.requires_grad_(need_x), weight.requires_grad_(need_weight)
+    dense_conv(x_, weight_).sum().backward()
+    got, other = (x_.grad, weight_.grad) if need_x else (weight_.grad, x_.grad)
+    assert other is None
+    leaf = x if need_x else weight
+    (expected,) = torch.autograd.grad(formula(x, weight).sum(), leaf)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_autocast_lowers_the_arguments() -> None:

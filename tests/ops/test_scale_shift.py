@@ -283,13 +283,20 @@ def test_wrong_dtypes_and_devices_are_named() -> None:
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("shape", [(1, 33, 511, 501), (1, 601, 121, 119)], ids=str)
-def test_maps_larger_than_the_caches(shape: tuple[int, ...], layout: Layout, compiled_build: Impl) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1, 33, 511, 501), torch.float32), ((1, 601, 121, 119), torch.float32), ((2, 33, 511, 501), torch.bfloat16)],
+    ids=str,
+)
+def test_maps_larger_than_the_caches(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, compiled_build: Impl
+) -> None:
     """Their results are streamed, in runs that begin and end within the processor's vectors."""
-    x, scale, shift = make_inputs(shape, layout)
+    x, scale, shift = make_inputs(shape, layout, dtype)
+    assert x.nbytes >= 32 << 20
     result = scale_shift(x, scale, shift, relu=True, impl=compiled_build)
     torch.testing.assert_close(result, formula(x, scale, shift, relu=True))
-    grad = layout(torch.randn(shape))
+    grad = layout(torch.randn(shape).to(dtype))
     exact_x = x.detach().requires_grad_()
     (expected,) = torch.autograd.grad(formula(exact_x, scale, shift, relu=True), exact_x, grad)
     grad_x, *_ = torch.ops.utnetv2_fast.scale_shift_backward(grad, x, scale, shift, True, compiled_build)

@@ -222,7 +222,7 @@ class _DownStage(nn.Module):
         self.map_generation: SemanticMapGeneration | None = None
         if config.has_map(level):
             tokens = torch.Size(config.map_size).numel()
-            self.map_generation = SemanticMapGeneration(c[level], tokens, kernel_size)
+            self.map_generation = SemanticMapGeneration(c[level], tokens, kernel_size, impl=config.impl)
         self.blocks = _make_encoder_blocks(config, level, in_channels, map_is_used=map_is_used)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -143,7 +143,7 @@ def normalised_conv(
         scale, shift: (B, C), float32; float64 for float64.
         depthwise_weight: (C, 1, *k) or None.
         dense_weight: (C_out, C, *k) or None. All k are odd; stride 1, zero 'same' padding.
-        impl: backend of everything but the dense convolution, which is the fastest.
+        impl: backend of everything but the dense convolution, which is the fastest, as is a normalisation within it.
 
     Returns:
         (B, C_out, *spatial). The dtype is that of the weights, which autocast lowers. For backward nothing but the
@@ -172,7 +172,7 @@ class _NormalisedConv(torch.autograd.Function):
         if depthwise_weight is None:
             assert dense_weight is not None
             if _scales_within(x, dense_weight):
-                return _scaled_dense_conv(x, scale, shift, relu, dense_weight, "cpu")
+                return _scaled_dense_conv(x, scale, shift, relu, dense_weight)
             return dense_conv_forward(_normalised(x, scale, shift, relu, dense_weight.dtype, impl), dense_weight)
         if dense_weight is not None and _is_one_kernel(x, depthwise_weight, dense_weight, impl):
             return _scaled_depthwise_separable_conv(x, scale, shift, relu, depthwise_weight, dense_weight)
@@ -192,7 +192,7 @@ class _NormalisedConv(torch.autograd.Function):
             if _scales_within(x, dense_weight):
                 grad_y, _ = dense_conv_backward(grad, x, dense_weight, need_x=need_x, need_weight=False)
                 if need_dense:
-                    grad_dense = _scaled_dense_conv_backward_weight(grad, x, scale, shift, relu, dense_weight, "cpu")
+                    grad_dense = _scaled_dense_conv_backward_weight(grad, x, scale, shift, relu, dense_weight)
             else:
                 y = _normalised(x, scale, shift, relu, dense_weight.dtype, impl)
                 grad_y, grad_dense = dense_conv_backward(grad, y, dense_weight, need_x=need_x, need_weight=need_dense)

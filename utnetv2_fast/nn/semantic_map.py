@@ -18,7 +18,7 @@ class SemanticMapGeneration(nn.Module):
     One convolution gives l weights per position, softmaxed over all positions; another the features they average.
     """
 
-    def __init__(self, channels: int, map_tokens: int, kernel_size: tuple[int, ...], *, impl: Impl = "auto") -> None:
+    def __init__(self, channels: int, map_tokens: int, kernel_size: tuple[int, ...], *, impl: Impl) -> None:
         super().__init__()
         self.impl: Impl = impl
         self.base = make_conv(channels, channels, kernel_size)

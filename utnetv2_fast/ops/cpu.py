@@ -1,6 +1,7 @@
 """The operators in C++ (`csrc/`), with the signatures of `ops.reference`; `dispatch` says when they can run.
 
-A result has the layout that `torch.empty_like` gives its input. Nothing is copied on the way: the kernels take strides.
+A result has the layout that `torch.empty_like` gives its input, that of a dense convolution channels-last. Nothing is
+copied on the way: the kernels take strides, Winograd's those of maps whose channels lie side by side.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 from utnetv2_fast.ops.extension import load_extension
 
 Described = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+# Channels on either side from which Winograd's filtering pays: its transforms take less than its products.
+CHANNELS_OF_WINOGRAD = 16
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/tensor.hpp
 
@@ -147,7 +151,7 @@ def scaled_depthwise_conv_backward_weight(
 def why_not_winograd(weight: Tensor, *maps: Tensor) -> str | None:
     """Why the dense convolution between these maps cannot run by Winograd's minimal filtering; None when it can."""
     if weight.shape[-2:] != (3, 3):
-        return f"its kernel has 3 x 3 taps in planes, and the weight {' x '.join(map(str, weight.shape[2:]))}"
+        return f"its kernel has 3 x 3 taps in planes, and the weight {weight.shape[-2]} x {weight.shape[-1]}"
     if any(m.stride(1) != 1 for m in maps):
         return "its kernel takes maps whose channels lie side by side, as in torch.channels_last"
     return None
@@ -162,15 +166,16 @@ def scaled_dense_conv(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weigh
 
 
 def _winograd_conv(x: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool, weight: Tensor) -> Tensor:
+    if (reason := why_not_winograd(weight, x)) is not None:
+        raise NotImplementedError(f"dense_conv cannot run on the CPU's kernel: {reason}")
     out = x.new_empty((x.shape[0], *x.shape[2:], weight.shape[0])).movedim(-1, 1)
-    _extension().winograd_conv(
-        _described(x), _described(weight), *map(_described_if_any, (scale, shift)), relu, _described(out)
-    )
+    inputs = _described(x), _described(weight), _described_if_any(scale), _described_if_any(shift)
+    _extension().winograd_conv(*inputs, relu, _described(out))
     return out
 
 
 def dense_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    if why_not_winograd(weight, grad_out, x) is None:
+    if _winograd_pays(weight, grad_out, x):
         return _winograd_conv_backward_weight(grad_out, x, None, None, False, weight)
     grad_weight = torch.empty_like(weight)
     _extension().direct_conv_backward_weight(_described(grad_out), _described(x), _described(grad_weight))
@@ -180,9 +185,13 @@ def dense_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> T
 def scaled_dense_conv_backward_weight(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor
 ) -> Tensor:
-    if why_not_winograd(weight, grad_out, x) is None:
+    if _winograd_pays(weight, grad_out, x):
         return _winograd_conv_backward_weight(grad_out, x, scale, shift, relu, weight)
     return dense_conv_backward_weight(grad_out, scale_shift(x, scale, shift, relu), weight)
+
+
+def _winograd_pays(weight: Tensor, *maps: Tensor) -> bool:
+    return why_not_winograd(weight, *maps) is None and min(weight.shape[:2]) >= CHANNELS_OF_WINOGRAD
 
 
 def _winograd_conv_backward_weight(

@@ -1,10 +1,11 @@
 """Dense convolution, 2D and 3D, stride 1, zero 'same' padding, in the layout of its input throughout.
 
-On a CPU 3x3 taps in planes of channels-last maps in float32 run by Winograd's minimal filtering (`csrc/`), all else is
-torch's. torch's choice of an algorithm has three holes that are closed here: small maps in 3D come back channels-first
-from channels-last; a kernel of one tap, which is a product of matrices, then takes twice as long as that product; and
-on processors with AMX the weight gradient of a kernel flat in D, in bfloat16 of 96 channels of 16 x 192 x 192, ends the
-process or never ends (torch 2.13), which that of the planes does not.
+On a CPU 3x3 taps in planes of channels-last maps in float32, of 16 channels or more, run by Winograd's minimal
+filtering (`csrc/winograd_conv.cpp`); other weight gradients have a kernel of ours where torch's is slow, all else is
+torch's. Its choice of an algorithm has three holes that are closed here, but for impl="reference": small maps in 3D
+come back channels-first from channels-last; a kernel of one tap, which is a product of matrices, then takes twice as
+long as that product; and on processors with AMX the weight gradient of a kernel flat in D, in bfloat16 of 96 channels
+of 16 x 192 x 192, ends the process or never ends (torch 2.13), which that of the planes does not.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ def dense_conv(x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
         impl: backend: "auto" takes the fastest that can run these inputs, a named one runs or raises. "cpu" takes 3x3
             taps in planes and maps whose channels lie side by side.
 
+    Tensors are float32, float16, bfloat16 or float64, all of one dtype on one device. B may be 0.
+
     Returns:
-        (B, C_out, *spatial), channels-last where `x` is.
+        (B, C_out, *spatial), channels-last where `x` is. Differentiable once on a CPU. Winograd's filtering shares sums
+        among 4 x 4 positions: what is infinite or NaN in `x` makes NaN one position further than its taps reach.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or an unknown `impl`.
@@ -39,10 +43,10 @@ def dense_conv(x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
     if (dtype := autocast_dtype(x)) is not None:
         x, weight = lowered(x, dtype), lowered(weight, dtype)
     _check(x, weight)
-    choose("dense_conv", impl, (x, weight))
+    backend = choose("dense_conv", impl, (x, weight))
     if impl == "reference" or x.device.type != "cpu":
         return _by_torch(x, weight)
-    return _DenseConv.apply(x, weight)
+    return _DenseConv.apply(x, weight, backend)
 
 
 def dense_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -87,8 +91,9 @@ def _check(x: Tensor, weight: Tensor) -> None:
     check_alike("weight", weight, "x", x)
 
 
+# The convolution that only the CPU's kernel has.
 torch.library.define(
-    "utnetv2_fast::dense_conv", "(Tensor x, Tensor weight, str impl) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+    "utnetv2_fast::dense_conv", "(Tensor x, Tensor weight) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
 torch.library.define(
     "utnetv2_fast::dense_conv_backward_weight",
@@ -99,23 +104,23 @@ torch.library.define(
 # front of the convolution and differentiate the two together.
 torch.library.define(
     "utnetv2_fast::scaled_dense_conv",
-    "(Tensor x, Tensor scale, Tensor shift, bool relu, Tensor weight, str impl) -> Tensor",
+    "(Tensor x, Tensor scale, Tensor shift, bool relu, Tensor weight) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "utnetv2_fast::scaled_dense_conv_backward_weight",
-    "(Tensor grad_out, Tensor x, Tensor scale, Tensor shift, bool relu, Tensor weight, str impl) -> Tensor",
+    "(Tensor grad_out, Tensor x, Tensor scale, Tensor shift, bool relu, Tensor weight) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.impl("utnetv2_fast::dense_conv", "default")
-def _forward(x: Tensor, weight: Tensor, impl: str) -> Tensor:
-    return implementation(impl).dense_conv(x, weight)
+def _forward(x: Tensor, weight: Tensor) -> Tensor:
+    return implementation("cpu").dense_conv(x, weight)
 
 
 @torch.library.register_fake("utnetv2_fast::dense_conv")
-def _forward_fake(x: Tensor, weight: Tensor, impl: str) -> Tensor:
+def _forward_fake(x: Tensor, weight: Tensor) -> Tensor:
     return empty_result(x, weight.shape[0])
 
 
@@ -130,25 +135,25 @@ def _backward_weight_fake(grad_out: Tensor, x: Tensor, weight: Tensor, impl: str
 
 
 @torch.library.impl("utnetv2_fast::scaled_dense_conv", "default")
-def _scaled_forward(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str) -> Tensor:
-    return implementation(impl).scaled_dense_conv(x, scale, shift, relu, weight)
+def _scaled_forward(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
+    return implementation("cpu").scaled_dense_conv(x, scale, shift, relu, weight)
 
 
 @torch.library.register_fake("utnetv2_fast::scaled_dense_conv")
-def _scaled_forward_fake(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str) -> Tensor:
+def _scaled_forward_fake(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
     return empty_result(x, weight.shape[0])
 
 
 @torch.library.impl("utnetv2_fast::scaled_dense_conv_backward_weight", "default")
 def _scaled_backward_weight(
-    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor
 ) -> Tensor:
-    return implementation(impl).scaled_dense_conv_backward_weight(grad_out, x, scale, shift, relu, weight)
+    return implementation("cpu").scaled_dense_conv_backward_weight(grad_out, x, scale, shift, relu, weight)
 
 
 @torch.library.register_fake("utnetv2_fast::scaled_dense_conv_backward_weight")
 def _scaled_backward_weight_fake(
-    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor, impl: str
+    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor
 ) -> Tensor:
     return torch.empty_like(weight)
 
@@ -167,22 +172,24 @@ def empty_result(x: Tensor, channels: int) -> Tensor:
 
 class _DenseConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return dense_conv_forward(x, weight)
+        return _convolve(x, weight, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_weight = ctx.needs_input_grad
-        return dense_conv_backward(grad_out, *ctx.saved_tensors, need_x=need_x, need_weight=need_weight)
+        need_x, need_weight, _ = ctx.needs_input_grad
+        return *dense_conv_backward(grad_out, *ctx.saved_tensors, need_x=need_x, need_weight=need_weight), None
 
 
 def dense_conv_forward(x: Tensor, weight: Tensor) -> Tensor:
     """`dense_conv` with impl="auto" for autograd functions: of checked arguments, without a derivative."""
-    if choose("dense_conv", "auto", (x, weight)) == "reference":
-        return _by_torch(x, weight)
-    return _forward_op(x, weight, "cpu")
+    return _convolve(x, weight, choose("dense_conv", "auto", (x, weight)))
+
+
+def _convolve(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return _forward_op(x, weight) if backend == "cpu" else _by_torch(x, weight)
 
 
 def dense_conv_backward(
@@ -203,11 +210,12 @@ def dense_conv_backward(
         if grad_x is not None:
             grad_x = grad_x.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
         return grad_x, None if grad_weight is None else grad_weight.unsqueeze(2)
-    mirrored = weight.transpose(0, 1)
-    ours_x = need_x and choose("dense_conv", "auto", (grad_out, mirrored)) == "cpu"
-    ours_weight = need_weight and choose("dense_conv_backward_weight", "auto", (grad_out, x, weight)) == "cpu"
+    exchanged = weight.transpose(0, 1)
+    ours_x = x.stride(1) == 1 and choose("dense_conv", "auto", (grad_out, exchanged)) == "cpu"
+    ours_weight = choose("dense_conv_backward_weight", "auto", (grad_out, x, weight)) == "cpu"
+    torchs_x, torchs_weight = need_x and not ours_x, need_weight and not ours_weight
     grad_x = grad_weight = None
-    if need_x > ours_x or need_weight > ours_weight:
+    if torchs_x or torchs_weight:
         axes = x.ndim - 2
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad_out,
@@ -220,14 +228,14 @@ def dense_conv_backward(
             transposed=False,
             output_padding=[0] * axes,
             groups=1,
-            output_mask=[need_x and not ours_x, need_weight and not ours_weight, False],
+            output_mask=[torchs_x, torchs_weight, False],
         )
-    if ours_x:
-        # The convolution with the taps mirrored and the channels exchanged.
-        grad_x = _forward_op(grad_out, mirrored.flip(tuple(range(2, x.ndim))), "cpu")
-    elif grad_x is not None:
+    if torchs_x:
         grad_x = in_layout_of(x, grad_x)
-    if ours_weight:
+    elif need_x:
+        # The convolution with the taps mirrored and the channels exchanged.
+        grad_x = _forward_op(grad_out, exchanged.flip(tuple(range(2, x.ndim))))
+    if need_weight and ours_weight:
         grad_weight = _backward_weight_op(grad_out, x, weight, "cpu")
     return grad_x, grad_weight
 

@@ -26,8 +26,6 @@ BACKENDS = ("triton", "cpu", "reference")  # fastest first
 MAP_TOKENS_OF_TRITON = 128
 HEAD_CHANNELS_OF_TRITON = 512
 TAPS_OF_TRITON = 343
-# Channels on either side from which Winograd's filtering pays on a CPU: its transforms take less than its products.
-CHANNELS_OF_WINOGRAD = 16
 
 OPERATORS = (
     "bidirectional_attention",
@@ -62,16 +60,17 @@ def _torch_convolves_better(x: Tensor, weight: Tensor) -> str | None:
         return reason
     if x.dtype != torch.float32:
         return f"its kernel computes in float32, and these tensors are {x.dtype}"
-    if (channels := min(weight.shape[:2])) < CHANNELS_OF_WINOGRAD:
-        return f"its kernel pays from {CHANNELS_OF_WINOGRAD} channels on either side, and there are {channels}"
+    if (channels := min(weight.shape[:2])) < cpu.CHANNELS_OF_WINOGRAD:
+        return f"its kernel pays from {cpu.CHANNELS_OF_WINOGRAD} channels on either side, and there are {channels}"
     return None
 
 
 def _torch_is_as_fast(grad_out: Tensor, x: Tensor, weight: Tensor) -> str | None:
     """Why the weight's gradient of a dense convolution needs no kernel of ours; None where it does.
 
-    oneDNN has none for float64 and float16. Its others are at their best where the processor has instructions for the
-    dtype: in bfloat16 five times as fast as ours with AMX, in float32 with AVX-512 1.1 times, in the layout of either.
+    Where the convolution runs by Winograd's filtering its gradient does. Beside the kernel that goes tap by tap: oneDNN
+    has none for float64 and float16. Its others are at their best where the processor has instructions for the dtype:
+    in bfloat16 five times as fast as ours with AMX, in float32 with AVX-512 1.1 times, in the layout of either.
     With AVX2 they run at a fraction of the processor's speed in bfloat16, and on channels-last maps in float32.
     """
     if grad_out.stride(1) == 1 and _torch_convolves_better(x, weight) is None:

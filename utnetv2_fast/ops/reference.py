@@ -191,18 +191,17 @@ def _convolution_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor, gr
 
 
 @_without_autocast
-def dense_conv(x: Tensor, weight: Tensor) -> Tensor:
-    convolution = F.conv2d if x.ndim == 4 else F.conv3d
-    return convolution(x, weight, padding=[k // 2 for k in weight.shape[2:]])
-
-
-@_without_autocast
 def dense_conv_backward_weight(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the weight of a dense convolution."""
     if grad_out.stride(1) == x.stride(1) == 1 and all(k == 1 for k in weight.shape[2:]):
         # A product of two matrices (positions, channels), which BLAS computes faster than the convolution does.
         matrices = [t.movedim(1, -1).flatten(0, -2) for t in (grad_out, x)]
         return _laid_out_like((matrices[0].T @ matrices[1]).view(weight.shape), weight)
+    if x.ndim == 5 and weight.shape[2] == 1 and x.dtype == torch.bfloat16:
+        # The trap of `ops.dense_conv`, which the planes are not.
+        grad_planes, planes = (t.movedim(2, 1).flatten(0, 1) for t in (grad_out, x))
+        grad_weight = _convolution_backward_weight(grad_planes, planes, weight.squeeze(2), groups=1).unsqueeze(2)
+        return _laid_out_like(grad_weight, weight)
     return _laid_out_like(_convolution_backward_weight(grad_out, x, weight, groups=1), weight)
 
 
@@ -233,16 +232,6 @@ def scaled_depthwise_conv_backward_weight(
     grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor
 ) -> Tensor:
     return depthwise_conv_backward_weight(grad_out, scale_shift(x, scale, shift, relu), weight)
-
-
-def scaled_dense_conv(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
-    return dense_conv(scale_shift(x, scale, shift, relu), weight)
-
-
-def scaled_dense_conv_backward_weight(
-    grad_out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor
-) -> Tensor:
-    return dense_conv_backward_weight(grad_out, scale_shift(x, scale, shift, relu), weight)
 
 
 def _spatial_axes(x: Tensor) -> tuple[int, ...]:
