@@ -111,7 +111,7 @@ def test_a_normalisation_within_the_convolution_gives_nearly_the_numbers_of_torc
         leaves = [leaf, *(p for p in module.parameters() if p.requires_grad)]
         results.append([result, *torch.autograd.grad(result.square().sum(), leaves)])
     for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4 * float(want.detach().abs().max()))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -152,7 +152,7 @@ def why_not_winograd(weight: Tensor, *maps: Tensor) -> str | None:
     """Why the dense convolution between these maps cannot run by Winograd's minimal filtering; None when it can."""
     if weight.shape[-2:] != (3, 3):
         return f"its kernel has 3 x 3 taps in planes, and the weight {weight.shape[-2]} x {weight.shape[-1]}"
-    if any(m.stride(1) != 1 for m in maps):
+    if any(m.stride(1) != 1 and m.shape[1] > 1 and m.numel() > 0 for m in maps):
         return "its kernel takes maps whose channels lie side by side, as in torch.channels_last"
     return None
 

@@ -230,7 +230,7 @@ def dense_conv_backward(
             groups=1,
             output_mask=[torchs_x, torchs_weight, False],
         )
-    if torchs_x:
+    if grad_x is not None:
         grad_x = in_layout_of(x, grad_x)
     elif need_x:
         # The convolution with the taps mirrored and the channels exchanged.
