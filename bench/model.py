@@ -33,8 +33,8 @@ CLASSES = {"bcv-3d": 14, "lits-3d": 3}  # 4 for the others
 BATCHES = {"acdc-2d": 2, "cardiac-2d": 2, "tiny-2d": 8, "tiny-3d": 2}  # 1 for the others
 VARIANTS = ("auto", "reference", "authors")
 MODES = ("forward", "training step")
-TURNS = 2
-SECONDS_PER_TURN = 5.0
+TURNS = 4
+SECONDS_PER_TURN = 3.0
 
 # How far results may be from those of the reference in float32, as a share of their norm. Where an input of a ReLU
 # changes sign its gradient jumps (tests/models/test_golden.py); and see `errors_of`.
