@@ -9,7 +9,13 @@ if TYPE_CHECKING:
     from utnetv2_fast.inference.predict import predict
     from utnetv2_fast.memory import keep_freed_memory
     from utnetv2_fast.models import UTNetV2, UTNetV2Config
-    from utnetv2_fast.ops import bidirectional_attention, depthwise_conv, depthwise_separable_conv, explain
+    from utnetv2_fast.ops import (
+        bidirectional_attention,
+        dense_conv,
+        depthwise_conv,
+        depthwise_separable_conv,
+        explain,
+    )
 
 __version__ = "0.1.0"
 
@@ -18,6 +24,7 @@ __all__ = [
     "UTNetV2Config",
     "__version__",
     "bidirectional_attention",
+    "dense_conv",
     "depthwise_conv",
     "depthwise_separable_conv",
     "explain",
@@ -30,6 +37,7 @@ _HOMES = {
     "UTNetV2": "utnetv2_fast.models",
     "UTNetV2Config": "utnetv2_fast.models",
     "bidirectional_attention": "utnetv2_fast.ops",
+    "dense_conv": "utnetv2_fast.ops",
     "depthwise_conv": "utnetv2_fast.ops",
     "depthwise_separable_conv": "utnetv2_fast.ops",
     "explain": "utnetv2_fast.ops",
