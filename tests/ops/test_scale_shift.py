@@ -282,14 +282,16 @@ def test_wrong_dtypes_and_devices_are_named() -> None:
         scale_shift(x.int(), scale, shift)
 
 
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((1, 33, 511, 501), torch.float32), ((1, 601, 121, 119), torch.float32), ((2, 33, 511, 501), torch.bfloat16)],
-    ids=str,
+    ("shape", "layout", "dtype"),
+    [
+        ((1, 33, 511, 501), contiguous, torch.float32),
+        ((1, 601, 121, 119), channels_last, torch.float32),
+        ((2, 33, 511, 501), channels_last, torch.bfloat16),
+    ],
 )
 def test_maps_larger_than_the_caches(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: Layout, compiled_build: Impl
+    shape: tuple[int, ...], layout: Layout, dtype: torch.dtype, compiled_build: Impl
 ) -> None:
     """Their results are streamed, in runs that begin and end within the processor's vectors."""
     x, scale, shift = make_inputs(shape, layout, dtype)
