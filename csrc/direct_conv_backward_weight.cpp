@@ -182,7 +182,7 @@ void copy_channels(int64_t positions, const T* from, int64_t step, int64_t chann
     for (int64_t x = 0; x < positions; ++x, from += step) {
         // A vector may reach beyond the channels, into the next position, if there is one: what it brings is not used.
         const int64_t readable = x + 1 < positions && step >= L ? channels + L - 1 : channels;
-        int64_t k = clamp((readable - reach) / FULL + 1, 0, full);
+        int64_t k = readable < reach ? 0 : smaller((readable - reach) / FULL + 1, full);
         copy_panels<FULL>(k, from, memory + (at + x) * FULL, FULL * all_positions + L);
         for (; k < panels.count; ++k) {
             const int64_t width = panels.width[k];
