@@ -21,6 +21,7 @@
 #include "parallel.hpp"
 #include "product.hpp"
 #include "vector.hpp"
+#include "weight_block.hpp"
 
 namespace utnetv2 {
 namespace UTNETV2_ISA {
@@ -135,21 +136,6 @@ Geometry make_geometry(const Tensor& x, const Tensor& weight) {
     return g;
 }
 
-// A tap of the depth axis with blocks of channels.
-struct Block {
-    int64_t tap, output, outputs, input, inputs;
-};
-
-Block make_block(const Geometry& g, int64_t i) {
-    Block b;
-    b.output = i % g.output_blocks * g.output_block, i /= g.output_blocks;
-    b.outputs = smaller(g.output_block, g.outputs - b.output);
-    b.input = i % g.input_blocks * g.input_block;
-    b.inputs = smaller(g.input_block, g.inputs - b.input);
-    b.tap = i / g.input_blocks;
-    return b;
-}
-
 // Rows [y0, y1) of the planes [plane, end), counted over all samples.
 struct Chunk {
     int64_t plane, end, y0, y1;
@@ -234,7 +220,8 @@ void copy_row(const Geometry& g, const Map<T>& map, const T* from, int64_t chann
 
 // The chunk of grad_out: its rows, with rows of zeros between planes.
 template <class T, class A>
-void copy_grad(const Geometry& g, const Map<T>& map, const Block& b, const Chunk& c, const Panels& panels, A* memory) {
+void copy_grad(const Geometry& g, const Map<T>& map, const WeightBlock& b, const Chunk& c, const Panels& panels,
+               A* memory) {
     const int64_t positions = g.grad_positions();
     int64_t at = 0;
     for (int64_t plane = c.plane; plane < c.end; ++plane) {
@@ -249,7 +236,8 @@ void copy_grad(const Geometry& g, const Map<T>& map, const Block& b, const Chunk
 
 // The chunk of x that tap b.tap brings to that of grad_out, with the rows around it.
 template <class T, class A>
-void copy_x(const Geometry& g, const Map<T>& map, const Block& b, const Chunk& c, const Panels& panels, A* memory) {
+void copy_x(const Geometry& g, const Map<T>& map, const WeightBlock& b, const Chunk& c, const Panels& panels,
+            A* memory) {
     const int64_t positions = g.x_positions(), around = g.rows_between();
     for (int64_t k = 0; k < panels.count; ++k)
         fill_zero(panels.at(memory, k, positions), g.taps_w / 2 * panels.width[k]);
@@ -307,7 +295,7 @@ T* weight_row(const Tensor& weight, int64_t o, int64_t i, int64_t a) {
 
 // Adds `ranges` arrays of sums, `stride` apart, in their order, and writes the output channels of one vector.
 template <class T, class A>
-void write(const Geometry& g, const Block& b, const A* sums, int64_t row, int64_t ranges, int64_t stride,
+void write(const Geometry& g, const WeightBlock& b, const A* sums, int64_t row, int64_t ranges, int64_t stride,
            int64_t vector, const Tensor& grad_weight) {
     constexpr int64_t L = LANES<A>;
     const int64_t* strides = grad_weight.strides;
@@ -338,7 +326,7 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad
     const Buffer<A> partial(cut ? g.ranges * g.blocks() * per_piece : 0);  // [range][block][b][c][i][o]
 
     parallel_for(g.ranges * g.blocks(), [&](int64_t piece) {
-        const Block b = make_block(g, piece % g.blocks());
+        const WeightBlock b = make_weight_block(piece % g.blocks(), g.outputs, g.output_block, g.inputs, g.input_block);
         const int64_t range = piece / g.blocks();
         const Panels x_panels = row_panels(b.inputs), grad_panels = vector_panels<A>(b.outputs);
         const int64_t x_elements = x_panels.elements<A>(g.x_positions());
@@ -367,7 +355,7 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor& grad
     if (!cut) return;
     const int64_t vectors = divide_up(g.output_block, LANES<A>);
     parallel_for(g.blocks() * vectors, [&](int64_t i) {
-        const Block b = make_block(g, i / vectors);
+        const WeightBlock b = make_weight_block(i / vectors, g.outputs, g.output_block, g.inputs, g.input_block);
         if (i % vectors * LANES<A> < b.outputs)
             write<T>(g, b, partial.data + i / vectors * per_piece, vector_panels<A>(b.outputs).channels, g.ranges,
                      g.blocks() * per_piece, i % vectors, grad_weight);

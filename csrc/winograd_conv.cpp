@@ -9,13 +9,13 @@
 //         0  1  0 -1          0    0    1
 //
 //   V[tile, i] = B' in[i] B        U[i, o] = G weight[o, i] G'        M[tile, o] = sum over i of V[tile, i] * U[i, o]
-//   out[tile, o] = bias + A' M[tile, o] A
+//   out[tile, o] = A' M[tile, o] A
 // and
 //   grad_weight[o, i] = G' (sum over tiles of V[tile, i] * (A grad_out[tile, o] A')) G
 //
 // where * is elementwise: for each of the 16 points a product of matrices, positions by channels by channels. In 3D the
 // sums run over the planes that the taps reach, too. `in`, given a scale and a shift of every sample and channel, is
-// [ReLU](x * scale + shift), as in depthwise_conv.cpp. In single precision the rounding is that of tap by tap or less.
+// [ReLU](x * scale + shift), as in depthwise_conv.cpp. In float32 it rounds about as much as sums tap by tap do.
 //
 // The roof is the products' arithmetic. A piece of work is a block of tiles of one plane, whose V and M stay in the
 // second cache between the three steps unless the channels are many; U is read from wherever it fits, once a piece, and
@@ -28,6 +28,7 @@
 #include "product.hpp"
 #include "tile.hpp"
 #include "vector.hpp"
+#include "weight_block.hpp"
 
 namespace utnetv2 {
 namespace UTNETV2_ISA {
@@ -193,24 +194,22 @@ void transform_tiles(const Geometry& g, const Map<T>& map, const T* plane, const
 template <class A>
 struct TransformedWeight {
     static constexpr int64_t WIDTH = 2 * LANES<A>;
-    int64_t panels, depth;  // depth: planes times inputs
-    const A* data;
+    const int64_t panels, depth;  // depth: planes times inputs
+    const Buffer<A> memory;
 
-    static int64_t elements(const Geometry& g) {
-        return POINTS * divide_up(g.outputs, WIDTH) * g.taps_d * g.inputs * WIDTH;
-    }
-    const A* at(int64_t point, int64_t panel) const { return data + (point * panels + panel) * depth * WIDTH; }
+    explicit TransformedWeight(const Geometry& g)
+        : panels(divide_up(g.outputs, WIDTH)), depth(g.taps_d * g.inputs), memory(POINTS * panels * depth * WIDTH) {}
+    A* at(int64_t point, int64_t panel) const { return memory.data + (point * panels + panel) * depth * WIDTH; }
 };
 
 // Rows of the weight lie apart, often at a power of two: a few inputs of each are copied together first.
 template <class T, class A>
-void transform_weight_panel(const Geometry& g, const Map<T>& weight, int64_t panel, A* u) {
+void transform_weight_panel(const Geometry& g, const Map<T>& weight, int64_t panel, const TransformedWeight<A>& u) {
     constexpr int64_t L = LANES<A>, WIDTH = TransformedWeight<A>::WIDTH, TAPS = 9, TOGETHER = 16;
-    const int64_t depth = g.taps_d * g.inputs, point = divide_up(g.outputs, WIDTH) * depth * WIDTH;
     const int64_t outputs = smaller(WIDTH, g.outputs - panel * WIDTH);
     A together[TOGETHER * TAPS][WIDTH] = {};  // [input, tap][output]
-    for (int64_t first = 0; first < depth; first += TOGETHER) {
-        const int64_t count = smaller(TOGETHER, depth - first);
+    for (int64_t first = 0; first < u.depth; first += TOGETHER) {
+        const int64_t count = smaller(TOGETHER, u.depth - first);
         for (int64_t o = 0; o < outputs; ++o)
             for (int64_t k = 0; k < count; ++k) {
                 const T* taps = &weight(panel * WIDTH + o, (first + k) % g.inputs, (first + k) / g.inputs, 0, 0);
@@ -222,9 +221,8 @@ void transform_weight_panel(const Geometry& g, const Map<T>& weight, int64_t pan
                 Grid<A> grid;
                 for (int64_t t = 0; t < TAPS; ++t) grid[t / 3][t % 3] = load(together[k * TAPS + t] + lane);
                 transform_grid<A>(grid, 3, SIDE, transform_weight<A>);
-                A* to = u + (panel * depth + first + k) * WIDTH + lane;
-                for (int i = 0; i < SIDE; ++i)
-                    for (int j = 0; j < SIDE; ++j) store(to + (i * SIDE + j) * point, grid[i][j]);
+                for (int64_t point = 0; point < POINTS; ++point)
+                    store(u.at(point, panel) + (first + k) * WIDTH + lane, grid[point / SIDE][point % SIDE]);
             }
     }
 }
@@ -319,9 +317,8 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor* scale, const 
     const Geometry g = make_geometry(x, weight);
     const Map<T> from = as_map<T>(x), to = as_map<T>(out), w = as_map<T>(weight);
     const Prologues<A> prologues(g, scale, shift, relu);
-    const Buffer<A> u_memory(TransformedWeight<A>::elements(g));
-    const TransformedWeight<A> u{divide_up(g.outputs, TransformedWeight<A>::WIDTH), g.taps_d * g.inputs, u_memory.data};
-    parallel_for(u.panels, [&](int64_t panel) { transform_weight_panel(g, w, panel, u_memory.data); });
+    const TransformedWeight<A> u(g);
+    parallel_for(u.panels, [&](int64_t panel) { transform_weight_panel(g, w, panel, u); });
 
     // The last vector of a plane's channels reaches beyond them.
     const Points v_points = Points::of<A>(g.tiles(), (g.taps_d - 1) * g.inputs + round_up(g.inputs, LANES<A>));
@@ -360,9 +357,8 @@ void convolve(const Tensor& x, const Tensor& weight, const Tensor* scale, const 
 // The weight's gradient is cut into blocks: a plane of taps, some inputs, some outputs. A piece of work is a block and
 // a range of the pieces that the forward pass has.
 struct Blocks {
-    int64_t inputs, outputs;              // channels of a block
-    int64_t input_blocks, output_blocks;  // how many
-    int64_t count, ranges, range;         // blocks, ranges, pieces of a range
+    int64_t inputs, outputs;       // channels of a block
+    int64_t count, ranges, range;  // blocks, ranges, pieces of a range
 
     int64_t sums() const { return POINTS * inputs * outputs; }
 };
@@ -374,31 +370,15 @@ Blocks make_blocks(const Geometry& g) {
     b.outputs = smaller(round_up(g.outputs, 2 * L), OUTPUTS);
     const int64_t inputs = larger(SUMS_BYTES / int64_t(sizeof(A)) / (POINTS * b.outputs), L);
     b.inputs = round_up(divide_up(g.inputs, divide_up(g.inputs, inputs)), L);
-    b.input_blocks = divide_up(g.inputs, b.inputs), b.output_blocks = divide_up(g.outputs, b.outputs);
-    b.count = g.taps_d * b.input_blocks * b.output_blocks;
+    b.count = g.taps_d * divide_up(g.inputs, b.inputs) * divide_up(g.outputs, b.outputs);
     b.range = divide_up(larger(g.pieces(), int64_t(1)), divide_up(PIECES, b.count));
     b.ranges = larger(divide_up(g.pieces(), b.range), int64_t(1));
     return b;
 }
 
-// A tap of the depth axis with blocks of channels.
-struct Block {
-    int64_t tap, input, inputs, output, outputs;
-};
-
-Block make_block(const Geometry& g, const Blocks& b, int64_t i) {
-    Block block;
-    block.input = i % b.input_blocks * b.inputs, i /= b.input_blocks;
-    block.inputs = smaller(b.inputs, g.inputs - block.input);
-    block.output = i % b.output_blocks * b.outputs;
-    block.outputs = smaller(b.outputs, g.outputs - block.output);
-    block.tap = i / b.output_blocks;
-    return block;
-}
-
 // Adds the sums of all ranges, `stride` apart, for the block's input `i` and a vector of outputs, and writes its taps.
 template <class T, class A>
-void write_taps(const Blocks& b, const Block& block, const A* sums, int64_t stride, int64_t i, int64_t lane,
+void write_taps(const Blocks& b, const WeightBlock& block, const A* sums, int64_t stride, int64_t i, int64_t lane,
                 const Map<T>& grad_weight) {
     constexpr int64_t L = LANES<A>;
     Grid<A> grid;
@@ -431,7 +411,7 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
     const Points v_points = Points::of<A>(g.tiles(), b.inputs), grad_points = Points::of<A>(g.tiles(), b.outputs);
 
     parallel_for(b.ranges * b.count, [&](int64_t piece) {
-        const Block block = make_block(g, b, piece % b.count);
+        const WeightBlock block = make_weight_block(piece % b.count, g.outputs, b.outputs, g.inputs, b.inputs);
         const int64_t begin = piece / b.count * b.range, end = smaller(begin + b.range, g.pieces());
         const int64_t shift_d = block.tap - g.taps_d / 2, vectors = divide_up(block.outputs, L);
         Arena arena(v_points.elements() * sizeof(A), grad_points.elements() * sizeof(A));
@@ -456,7 +436,7 @@ void backward_weight(const Tensor& grad_out, const Tensor& x, const Tensor* scal
     });
 
     parallel_for(b.count * b.inputs, [&](int64_t row) {
-        const Block block = make_block(g, b, row / b.inputs);
+        const WeightBlock block = make_weight_block(row / b.inputs, g.outputs, b.outputs, g.inputs, b.inputs);
         if (row % b.inputs >= block.inputs) return;
         for (int64_t lane = 0; lane < block.outputs; lane += L)
             write_taps<T>(b, block, sums.data + row / b.inputs * b.sums(), b.count * b.sums(), row % b.inputs, lane,

@@ -146,7 +146,7 @@ def test_maps_larger_than_the_caches(channels: int, instructions: str, assert_ac
 
 @needs_extension
 @pytest.mark.parametrize("case", [((2, 40, 8, 24, 24), 20, (3, 3, 3)), ((1, 130, 50, 70), 70, (3, 3))], ids=str)
-def test_nothing_threads_changes(
+def test_the_number_of_threads_changes_no_bit(
     case: Case, assert_same_bits_on_any_threads: Callable[[Callable[[], list[Tensor]]], None]
 ) -> None:
     grad_out, x, weight = make_inputs(case)

@@ -94,7 +94,7 @@ def make_inputs(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_result_matches_float64(
+def test_results_match_float64(
     case: Case, dtype: torch.dtype, layout: Layout, impl: str, assert_accurate: Callable[..., None]
 ) -> None:
     inputs = make_inputs(case, layout, dtype)
@@ -170,7 +170,7 @@ def threads() -> Iterator[None]:
 
 @needs_extension
 @pytest.mark.parametrize("case", [((2, 40, 8, 24, 24), 20, (3, 3, 3)), ((1, 1, 50, 70), 8, (3, 3))], ids=str)
-def test_neither_threads_nor_repeats_change_a_bit(case: Case, threads: None) -> None:
+def test_the_number_of_threads_changes_no_bit(case: Case, threads: None) -> None:
     inputs = make_inputs(case, channels_last)
     expected = backward_weight(*inputs, "cpu")
     for count in (1, 2, 4, 4):

@@ -157,6 +157,12 @@ def why_not_winograd(weight: Tensor, *maps: Tensor) -> str | None:
     return None
 
 
+def empty_channels_last(x: Tensor, channels: int) -> Tensor:
+    """(B, `channels`, *spatial), uninitialised, of the other sizes and the dtype of `x`."""
+    b, _, *spatial = x.shape
+    return x.new_empty((b, *spatial, channels)).movedim(-1, 1)
+
+
 def dense_conv(x: Tensor, weight: Tensor) -> Tensor:
     return _winograd_conv(x, None, None, False, weight)
 
@@ -168,7 +174,7 @@ def scaled_dense_conv(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weigh
 def _winograd_conv(x: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool, weight: Tensor) -> Tensor:
     if (reason := why_not_winograd(weight, x)) is not None:
         raise NotImplementedError(f"dense_conv cannot run on the CPU's kernel: {reason}")
-    out = x.new_empty((x.shape[0], *x.shape[2:], weight.shape[0])).movedim(-1, 1)
+    out = empty_channels_last(x, weight.shape[0])
     inputs = _described(x), _described(weight), _described_if_any(scale), _described_if_any(shift)
     _extension().winograd_conv(*inputs, relu, _described(out))
     return out

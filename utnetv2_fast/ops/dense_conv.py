@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from utnetv2_fast.ops import cpu
 from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, check_dtype, lowered
 from utnetv2_fast.ops.dispatch import Impl, choose, implementation
 
@@ -121,7 +122,7 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.register_fake("utnetv2_fast::dense_conv")
 def _forward_fake(x: Tensor, weight: Tensor) -> Tensor:
-    return empty_result(x, weight.shape[0])
+    return cpu.empty_channels_last(x, weight.shape[0])
 
 
 @torch.library.impl("utnetv2_fast::dense_conv_backward_weight", "default")
@@ -141,7 +142,7 @@ def _scaled_forward(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight:
 
 @torch.library.register_fake("utnetv2_fast::scaled_dense_conv")
 def _scaled_forward_fake(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, weight: Tensor) -> Tensor:
-    return empty_result(x, weight.shape[0])
+    return cpu.empty_channels_last(x, weight.shape[0])
 
 
 @torch.library.impl("utnetv2_fast::scaled_dense_conv_backward_weight", "default")
@@ -160,14 +161,6 @@ def _scaled_backward_weight_fake(
 
 _forward_op = torch.ops.utnetv2_fast.dense_conv.default
 _backward_weight_op = torch.ops.utnetv2_fast.dense_conv_backward_weight.default
-
-
-def empty_result(x: Tensor, channels: int) -> Tensor:
-    """Uninitialised, in the layout of a convolution's result: channels-last for channels-last."""
-    b, _, *spatial = x.shape
-    if x.stride(1) == 1:
-        return x.new_empty((b, *spatial, channels)).movedim(-1, 1)
-    return x.new_empty((b, channels, *spatial))
 
 
 class _DenseConv(torch.autograd.Function):
@@ -211,8 +204,8 @@ def dense_conv_backward(
             grad_x = grad_x.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
         return grad_x, None if grad_weight is None else grad_weight.unsqueeze(2)
     exchanged = weight.transpose(0, 1)
-    ours_x = x.stride(1) == 1 and choose("dense_conv", "auto", (grad_out, exchanged)) == "cpu"
-    ours_weight = choose("dense_conv_backward_weight", "auto", (grad_out, x, weight)) == "cpu"
+    ours_x = need_x and x.stride(1) == 1 and choose("dense_conv", "auto", (grad_out, exchanged)) == "cpu"
+    ours_weight = need_weight and choose("dense_conv_backward_weight", "auto", (grad_out, x, weight)) == "cpu"
     torchs_x, torchs_weight = need_x and not ours_x, need_weight and not ours_weight
     grad_x = grad_weight = None
     if torchs_x or torchs_weight:
@@ -232,10 +225,10 @@ def dense_conv_backward(
         )
     if grad_x is not None:
         grad_x = in_layout_of(x, grad_x)
-    elif need_x:
+    if ours_x:
         # The convolution with the taps mirrored and the channels exchanged.
         grad_x = _forward_op(grad_out, exchanged.flip(tuple(range(2, x.ndim))))
-    if need_weight and ours_weight:
+    if ours_weight:
         grad_weight = _backward_weight_op(grad_out, x, weight, "cpu")
     return grad_x, grad_weight
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from utnetv2_fast.ops.arguments import autocast_dtype, check_alike, lowered
-from utnetv2_fast.ops.dense_conv import dense_conv_backward, dense_conv_forward, empty_result
+from utnetv2_fast.ops.cpu import empty_channels_last
+from utnetv2_fast.ops.dense_conv import dense_conv_backward, dense_conv_forward
 from utnetv2_fast.ops.depthwise_conv import check_depthwise, depthwise_conv
 from utnetv2_fast.ops.dispatch import Impl, choose, implementation
 from utnetv2_fast.ops.precision import convolutions_in_tf32
@@ -94,14 +95,21 @@ def _scaled_fused(
 
 @torch.library.register_fake("utnetv2_fast::depthwise_separable_conv")
 def _fused_fake(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> Tensor:
-    return empty_result(x, pointwise_weight.shape[0])
+    return _empty_result(x, pointwise_weight.shape[0])
 
 
 @torch.library.register_fake("utnetv2_fast::scaled_depthwise_separable_conv")
 def _scaled_fused_fake(
     x: Tensor, scale: Tensor, shift: Tensor, relu: bool, depthwise_weight: Tensor, pointwise_weight: Tensor
 ) -> Tensor:
-    return empty_result(x, pointwise_weight.shape[0])
+    return _empty_result(x, pointwise_weight.shape[0])
+
+
+def _empty_result(x: Tensor, channels: int) -> Tensor:
+    """In the layout of a convolution's result, channels-last for channels-last."""
+    if x.stride(1) == 1:
+        return empty_channels_last(x, channels)
+    return x.new_empty((x.shape[0], channels, *x.shape[2:]))
 
 
 _fused_op = torch.ops.utnetv2_fast.depthwise_separable_conv.default

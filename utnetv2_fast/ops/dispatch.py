@@ -73,7 +73,7 @@ def _torch_is_as_fast(grad_out: Tensor, x: Tensor, weight: Tensor) -> str | None
     in bfloat16 five times as fast as ours with AMX, in float32 with AVX-512 1.1 times, in the layout of either.
     With AVX2 they run at a fraction of the processor's speed in bfloat16, and on channels-last maps in float32.
     """
-    if grad_out.stride(1) == 1 and _torch_convolves_better(x, weight) is None:
+    if cpu.why_not_winograd(weight, grad_out) is None and _torch_convolves_better(x, weight) is None:
         return None
     if x.dtype in (torch.float32, torch.float64) and all(k == 1 for k in weight.shape[2:]):
         return "with a kernel of one tap this is a product of matrices, which torch has from BLAS"

@@ -53,10 +53,8 @@ def _depthwise_conv(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any
 
 
 @register_flop_formula(_ops.depthwise_conv_backward_weight)
-def _depthwise_conv_backward_weight(
-    grad_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any
-) -> int:
-    return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
+def _depthwise_conv_backward_weight(grad_shape: Sequence[int], *rest: Any, **__: Any) -> int:
+    return _depthwise_conv(*rest)
 
 
 @register_flop_formula(_ops.dense_conv)
@@ -71,15 +69,9 @@ def _dense_conv_backward_weight(grad_shape: Sequence[int], *rest: Any, **__: Any
 
 @register_flop_formula(_ops.scaled_dense_conv)
 def _scaled_dense_conv(
-    x_shape: Sequence[int],
-    scale_shape: Sequence[int],
-    shift_shape: Sequence[int],
-    relu: bool,
-    weight_shape: Sequence[int],
-    *_: Any,
-    **__: Any,
+    x_shape: Sequence[int], scale_shape: Sequence[int], shift_shape: Sequence[int], relu: bool, *rest: Any, **__: Any
 ) -> int:
-    return _dense_conv(x_shape, weight_shape)
+    return _dense_conv(x_shape, *rest)
 
 
 @register_flop_formula(_ops.scaled_dense_conv_backward_weight)
@@ -89,15 +81,9 @@ def _scaled_dense_conv_backward_weight(grad_shape: Sequence[int], *rest: Any, **
 
 @register_flop_formula(_ops.scaled_depthwise_conv)
 def _scaled_depthwise_conv(
-    x_shape: Sequence[int],
-    scale_shape: Sequence[int],
-    shift_shape: Sequence[int],
-    relu: bool,
-    weight_shape: Sequence[int],
-    *_: Any,
-    **__: Any,
+    x_shape: Sequence[int], scale_shape: Sequence[int], shift_shape: Sequence[int], relu: bool, *rest: Any, **__: Any
 ) -> int:
-    return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
+    return _depthwise_conv(x_shape, *rest)
 
 
 @register_flop_formula(_ops.scaled_depthwise_conv_backward_weight)
@@ -114,13 +100,6 @@ def _depthwise_separable_conv(
 
 @register_flop_formula(_ops.scaled_depthwise_separable_conv)
 def _scaled_depthwise_separable_conv(
-    x_shape: Sequence[int],
-    scale_shape: Sequence[int],
-    shift_shape: Sequence[int],
-    relu: bool,
-    depthwise_shape: Sequence[int],
-    pointwise_shape: Sequence[int],
-    *_: Any,
-    **__: Any,
+    x_shape: Sequence[int], scale_shape: Sequence[int], shift_shape: Sequence[int], relu: bool, *rest: Any, **__: Any
 ) -> int:
-    return _depthwise_separable_conv(x_shape, depthwise_shape, pointwise_shape)
+    return _depthwise_separable_conv(x_shape, *rest)
